@@ -1,0 +1,60 @@
+# One CMake target per component. `stellarium_component` is the only place where a component's
+# dependencies are written down; test/style/check_includes.py reads the same calls and compares
+# them with the #include lines of the sources, so a shortcut between layers fails a test.
+
+find_package(Threads REQUIRED)
+find_package(PkgConfig REQUIRED)
+find_package(fmt REQUIRED)
+
+add_library(stellarium_options INTERFACE)
+target_compile_options(stellarium_options INTERFACE
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wnon-virtual-dtor
+    -Wold-style-cast -Wcast-align -Woverloaded-virtual -Werror>)
+target_compile_definitions(stellarium_options INTERFACE _FILE_OFFSET_BITS=64 _GNU_SOURCE)
+target_include_directories(stellarium_options INTERFACE ${CMAKE_SOURCE_DIR}/src)
+if(STELLARIUM_SANITIZE)
+  add_compile_options(-fsanitize=${STELLARIUM_SANITIZE} -fno-omit-frame-pointer
+                      -fno-sanitize-recover=all)
+  add_link_options(-fsanitize=${STELLARIUM_SANITIZE})
+endif()
+
+# stellarium_component(NAME <folder below src, '/' allowed>
+#                      SOURCES a.cc b.cc
+#                      DEPS <components whose headers may be included>
+#                      LIBS <system libraries>)
+function(stellarium_component)
+  cmake_parse_arguments(ARG "" "NAME" "SOURCES;DEPS;LIBS" ${ARGN})
+  string(REPLACE "/" "_" target "stellarium_${ARG_NAME}")
+  add_library(${target} STATIC ${ARG_SOURCES})
+  target_link_libraries(${target} PUBLIC stellarium_options fmt::fmt Threads::Threads)
+  foreach(dep ${ARG_DEPS})
+    string(REPLACE "/" "_" dep_target "stellarium_${dep}")
+    target_link_libraries(${target} PUBLIC ${dep_target})
+  endforeach()
+  target_link_libraries(${target} PUBLIC ${ARG_LIBS})
+endfunction()
+
+# stellarium_test(NAME nebula_store SOURCES store_test.cc DEPS nebula [LIBS ...] [TIMEOUT s]
+#                 [LABELS unit|model|crash|system])
+# One executable, one ctest entry for the whole executable (its own filter picks single cases).
+function(stellarium_test)
+  cmake_parse_arguments(ARG "" "NAME;TIMEOUT" "SOURCES;DEPS;LIBS;LABELS" ${ARGN})
+  if(NOT STELLARIUM_TESTS)
+    return()
+  endif()
+  find_package(GTest REQUIRED)
+  add_executable(${ARG_NAME}_test ${ARG_SOURCES})
+  foreach(dep ${ARG_DEPS})
+    string(REPLACE "/" "_" dep_target "stellarium_${dep}")
+    target_link_libraries(${ARG_NAME}_test PRIVATE ${dep_target})
+  endforeach()
+  target_link_libraries(${ARG_NAME}_test PRIVATE ${ARG_LIBS} GTest::gtest GTest::gtest_main)
+  add_test(NAME ${ARG_NAME} COMMAND ${ARG_NAME}_test --gtest_brief=1)
+  if(NOT ARG_TIMEOUT)
+    set(ARG_TIMEOUT 120)
+  endif()
+  if(NOT ARG_LABELS)
+    set(ARG_LABELS unit)
+  endif()
+  set_tests_properties(${ARG_NAME} PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS "${ARG_LABELS}")
+endfunction()

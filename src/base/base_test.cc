@@ -1,0 +1,77 @@
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "base/bytes.h"
+#include "base/error.h"
+#include "base/units.h"
+
+namespace stellarium {
+namespace {
+
+TEST(Units, ParsesWhatPeopleWrite) {
+    EXPECT_EQ(parse_size("0").value(), 0U);
+    EXPECT_EQ(parse_size("512").value(), 512U);
+    EXPECT_EQ(parse_size("10GiB").value(), 10 * kGiB);
+    EXPECT_EQ(parse_size("10G").value(), 10 * kGiB);
+    EXPECT_EQ(parse_size("10 gib").value(), 10 * kGiB);
+    EXPECT_EQ(parse_size("4KB").value(), 4000U);
+    EXPECT_EQ(parse_size("1.5KiB").value(), 1536U);
+    EXPECT_EQ(parse_size("64TiB").value(), 64 * kTiB);
+}
+
+TEST(Units, RefusesTheRestWithAnExample) {
+    for (const auto* text : {"", "GiB", "-1", "1.2.3K", "10XB", "99999999999999999999", "20000PiB",
+                             "0.3", "1e3", "0x10", "nan", "1KiBB"}) {
+        const auto result = parse_size(text);
+        ASSERT_FALSE(result.has_value()) << text;
+        EXPECT_EQ(result.error().code(), ErrorCode::kInvalidArgument);
+        EXPECT_NE(result.error().message().find("64KiB"), std::string::npos);
+    }
+}
+
+TEST(Units, FormatsThreeDigits) {
+    EXPECT_EQ(format_size(0), "0 B");
+    EXPECT_EQ(format_size(1023), "1023 B");
+    EXPECT_EQ(format_size(1536), "1.50 KiB");
+    EXPECT_EQ(format_size(10 * kGiB), "10.0 GiB");
+    EXPECT_EQ(format_size(1024 * kKiB - 1), "1.00 MiB");
+    EXPECT_EQ(format_size(~uint64_t{0}), "16.0 EiB");
+}
+
+TEST(Bytes, LittleEndianIsByteExact) {
+    const U32Le value = 0x01020304;
+    EXPECT_EQ(bytes_of(value)[0], std::byte{4});
+    EXPECT_EQ(bytes_of(value)[3], std::byte{1});
+    EXPECT_EQ(load<U40Le>(bytes_of(U40Le{0xFF'1234'5678})).get(), 0xFF'1234'5678U);
+}
+
+TEST(Bytes, AllZeroSeesASingleBitAnywhere) {
+    for (const size_t size : {0UL, 1UL, 15UL, 16UL, 17UL, 64UL, 4096UL}) {
+        std::vector<std::byte> data(size);
+        EXPECT_TRUE(all_zero(data));
+        for (size_t i = 0; i < size; ++i) {
+            data[i] = std::byte{0x80};
+            EXPECT_FALSE(all_zero(data)) << size << " " << i;
+            data[i] = std::byte{0};
+        }
+    }
+}
+
+TEST(Errors, EveryCodeHasADistinctNameAndExitCode) {
+    for (int i = 0; i < kErrorCodeCount; ++i) {
+        const ErrorMapping& a = error_mapping(static_cast<ErrorCode>(i));
+        EXPECT_FALSE(a.advice.empty());
+        EXPECT_GE(a.exit_code, 2);
+        for (int j = 0; j < i; ++j) {
+            const ErrorMapping& b = error_mapping(static_cast<ErrorCode>(j));
+            EXPECT_NE(a.name, b.name);
+            EXPECT_NE(a.exit_code, b.exit_code);
+        }
+    }
+    EXPECT_EQ(Error::from_errno(ENOSPC, "pwrite x").code(), ErrorCode::kNoSpace);
+    EXPECT_EQ(Error::from_errno(ENOSPC, "pwrite x").message(), "pwrite x: No space left on device");
+}
+
+}  // namespace
+}  // namespace stellarium
