@@ -12,14 +12,16 @@
 //   - a created, renamed or removed name is durable after sync_directory() of its directory;
 //   - rename replaces atomically: after a crash the name shows the old or the new file;
 //   - a failed datasync or sync means that written data may be lost for ever: the file is poisoned,
-//     every later write and sync on it fails (kIo), whatever the kernel would say.
+//     every later write, truncate, punch, allocation and sync on it fails (kIo), whatever the
+//     kernel would say.
 //
-// Raw transfers may be short, and may fail with kInterrupted; write_all and read_exact loop.
+// Raw transfers (pread, preadv, pwrite, pwritev) may be short, and may fail with kInterrupted;
+// write_all and read_exact loop. No other call reports kInterrupted: they retry by themselves.
+//
+// Paths are absolute or relative to the process, '/'-separated. Files are created with mode 0600.
 //
 // Thread rule: everything here may be called from any thread at the same time.
 #pragma once
-
-#include <sys/uio.h>
 
 #include <chrono>
 #include <cstdint>
@@ -28,6 +30,8 @@
 #include <span>
 #include <string>
 #include <vector>
+
+#include <sys/uio.h>
 
 #include "base/bytes.h"
 #include "base/error.h"
