@@ -1,0 +1,194 @@
+// NEBULA, the content store: every unique chunk once, in an append-only log of batches.
+//
+// Use it through nova (volumes); use it directly for content-addressed objects. The formats are in
+// docs/formats/, the order of durability in docs/internals/crash-model.md.
+//
+//     auto store = Store::open(env, "/srv/pool", {});
+//     STELLARIUM_TRY((*store)->replay(sink));            // exactly once, before anything else
+//     WriteBatch batch;
+//     batch.add_chunk(id, pages);                        // id == hash(pages)
+//     batch.add_record(kind, payload);                   // given back to replay() after a crash
+//     auto appended = (*store)->append(batch);           // visible; survives process death
+//     STELLARIUM_TRY((*store)->sync(appended->sequence)); // durable; shared with all who wait
+//
+// Thread rule: after replay() every function may be called from any thread at the same time. Calls
+// may block on the disk except where they say otherwise.
+// Ownership: bytes given to a WriteBatch are borrowed until append() returns.
+// Errors: kReadOnly once the store is poisoned or was opened read-only; kNoSpace leaves the store
+// consistent and usable; kCorrupt names file, offset, id and reason.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/bytes.h"
+#include "base/error.h"
+#include "base/hash.h"
+#include "io/io.h"
+#include "nebula/types.h"
+
+namespace stellarium::nebula {
+
+/// Where a chunk of whole pages lies. Valid until garbage collection moves it.
+struct ChunkLocation {
+    PageAddress address;  ///< Of its first page.
+    uint8_t pages = 0;    ///< 1 to kMaxChunkPages.
+};
+
+/// What one append will write: chunks, objects, and records of the layers above.
+/// Belongs to one thread until given to append(). Duplicates, within the batch or of stored
+/// chunks, are found by append() and not written.
+class WriteBatch {
+  public:
+    /// Adds a chunk of 1 to kMaxChunkPages whole pages; `id` must be their hash (asserted in debug
+    /// builds). Returns its ordinal among the chunks of this batch.
+    size_t add_chunk(const ChunkId& id, Bytes pages);
+
+    /// Adds an object of 0 to kMaxObjectBytes bytes; `id` must be the hash of `content`. `aux` are
+    /// bytes stored beside it and not covered by the id (location hints); they come back unverified
+    /// from get_object, and are those of the first store of this content. Objects that fit are
+    /// packed together (Cosmic Packs).
+    void add_object(const ChunkId& id, Bytes content, Bytes aux = {});
+
+    /// Adds a record for replay. Copied. Records of one batch are replayed together or not at all,
+    /// in this order, and after every record of earlier batches.
+    void add_record(uint16_t kind, Bytes payload);
+
+    bool empty() const { return chunks_.empty() && objects_.empty() && records_.empty(); }
+    uint64_t data_bytes() const { return data_bytes_; }
+    void clear();
+
+  private:
+    friend class StoreImpl;
+    struct Chunk {
+        ChunkId id;
+        Bytes pages;
+    };
+    struct Object {
+        ChunkId id;
+        Bytes content;
+        Bytes aux;
+    };
+    struct Record {
+        uint16_t kind;
+        std::vector<std::byte> payload;
+    };
+    std::vector<Chunk> chunks_;
+    std::vector<Object> objects_;
+    std::vector<Record> records_;
+    uint64_t data_bytes_ = 0;
+};
+
+/// What an append did.
+struct Appended {
+    uint64_t sequence = 0;                 ///< Of the last batch written; give it to sync().
+    std::vector<ChunkLocation> locations;  ///< One for each add_chunk, in order.
+    uint64_t new_bytes = 0;                ///< Chunk and object content written.
+    uint64_t duplicate_bytes = 0;          ///< Chunk content that was already there.
+};
+
+struct ObjectBytes {
+    std::vector<std::byte> content;  ///< Verified against its id.
+    std::vector<std::byte> aux;      ///< Not verified: hints.
+};
+
+/// Receives the records after the last checkpoint, in commit order.
+class ReplaySink {
+  public:
+    virtual ~ReplaySink() = default;
+    /// An error stops the replay and is returned from Store::replay.
+    virtual Result<void> replay(uint64_t sequence, uint16_t kind, Bytes payload) = 0;
+};
+
+struct StoreOptions {
+    bool read_only = false;      ///< Take no lock for writing, change nothing.
+    bool verify_always = false;  ///< Check every read against its id, not only the first.
+    /// Open on file systems that cannot keep the promises (network) all the same.
+    bool allow_unsafe_file_system = false;
+    uint64_t segment_bytes = uint64_t{64} << 20;  ///< At most 64 MiB; smaller in tests.
+};
+
+struct StoreStats {
+    uint64_t chunks = 0;           ///< Distinct chunks and objects.
+    uint64_t unique_bytes = 0;     ///< Their plain content.
+    uint64_t stored_bytes = 0;     ///< Bytes the segment files take on disk.
+    uint64_t appended_bytes = 0;   ///< Bytes ever appended to the log, headers included.
+    uint64_t duplicate_bytes = 0;  ///< Chunk bytes given to append() that were already there.
+    uint64_t index_bytes = 0;      ///< Memory of the index.
+    uint64_t segments = 0;
+    uint64_t sequence = 0;                ///< Last appended batch.
+    uint64_t durable_sequence = 0;        ///< Last durable batch.
+    uint64_t index_misses_recovered = 0;  ///< Index misses that footers answered; should be 0.
+    uint64_t chunks_verified = 0;
+};
+
+class Store {
+  public:
+    virtual ~Store() = default;  ///< Drops the lock; does not checkpoint: call close() for that.
+
+    /// Makes an empty store in `directory`, which must be missing or empty. Durable on return.
+    static Result<void> create(const io::Env& env, const std::string& directory,
+                               const StoreOptions& options);
+    /// Locks and recovers. kBusy names the pid of a holder; kNotFound says how to create a store;
+    /// kUnsupported for a newer format, unknown features or an unsafe file system; kCorrupt.
+    static Result<std::unique_ptr<Store>> open(const io::Env& env, const std::string& directory,
+                                               const StoreOptions& options);
+
+    /// The payload of the newest checkpoint; empty when there was none. Valid until replay().
+    virtual Bytes checkpoint_payload() const = 0;
+    /// Gives `sink` every record after the checkpoint. Call once, before any other function except
+    /// checkpoint_payload, get_object, resolve and read.
+    virtual Result<void> replay(ReplaySink& sink) = 0;
+
+    /// Dedups and appends. On return it is visible, and survives process death. Large batches are
+    /// written as several, records in the last. On error no record of it will be replayed.
+    virtual Result<Appended> append(WriteBatch& batch) = 0;
+    /// Waits until every batch up to `sequence` is durable. Concurrent callers share one sync.
+    virtual Result<void> sync(uint64_t sequence) = 0;
+    /// The last appended sequence number.
+    virtual uint64_t sequence() const = 0;
+
+    /// Which of `ids` are stored; batched probe, each hit confirmed against the full id.
+    virtual Result<void> contains(std::span<const ChunkId> ids, std::span<bool> out) = 0;
+    /// Where chunk `id` lies. `hint`, when given, is checked first and saves the index probe.
+    /// kNotFound: not stored (after falling back to the footers).
+    virtual Result<ChunkLocation> resolve(const ChunkId& id,
+                                          std::optional<PageAddress> hint = {}) = 0;
+    /// Fills `into` with consecutive pages from `address`; all must belong to stored chunks that
+    /// resolve() gave (a run may span several chunks). The total length must be whole pages. Each
+    /// chunk is verified before its first byte is served. kWouldBlock with kNoWait when the pages
+    /// are not in memory or not verified yet; `into` may be partly overwritten then.
+    virtual Result<void> read(PageAddress address, std::span<const iovec> into, bool no_wait) = 0;
+    /// Reads an object (or a chunk as bytes) by its id. kNotFound, kCorrupt.
+    virtual Result<ObjectBytes> get_object(const ChunkId& id,
+                                           std::optional<PageAddress> hint = {}) = 0;
+    /// Where object `id` starts, as a hint for get_object later; nullopt when not stored.
+    virtual std::optional<PageAddress> object_address(const ChunkId& id) = 0;
+    /// Hints the pages to be read into the page cache soon. Never blocks.
+    virtual void prefetch(PageAddress address, uint32_t pages) = 0;
+
+    /// Publishes a checkpoint: `payload` (at most kMaxCheckpointPayload bytes) holds the effect of
+    /// every record up to `sequence` and names only objects already appended. Syncs.
+    virtual Result<void> checkpoint(uint64_t sequence, Bytes payload) = 0;
+    /// Bytes appended since the last checkpoint: what a restart would have to replay.
+    virtual uint64_t bytes_since_checkpoint() const = 0;
+
+    virtual StoreStats stats() const = 0;
+    virtual const std::string& directory() const = 0;
+    /// Random, made at creation; names this store in arenas, checkpoints and segments.
+    virtual std::array<uint8_t, 16> uuid() const = 0;
+    /// Why nothing can be written; nullopt when it can.
+    virtual std::optional<std::string> read_only_reason() const = 0;
+    /// What the operator should know (file system kind, rebuilt index, a cut-off tail), as
+    /// sentences. Filled by open().
+    virtual std::vector<std::string> warnings() const = 0;
+    /// Syncs, and releases the lock. Further calls fail.
+    virtual Result<void> close() = 0;
+};
+
+}  // namespace stellarium::nebula

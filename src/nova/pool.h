@@ -1,0 +1,216 @@
+// NOVA: images, volumes, snapshots and clones in one store.
+//
+//     auto pool = Pool::open(env, "/srv/pool", {.runtime_directory = "/run/stellarium"});
+//     auto import = (*pool)->begin_import("debian");      // feed it, then import->finish(size)
+//     (*pool)->clone("debian", {"vm-1", "vm-2"});         // O(1) each, one batch, durable
+//     auto device = (*pool)->attach("vm-1", {});          // a BlockDevice for a frontend
+//
+// Names are [A-Za-z0-9._-]{1,128}, not "." or ".."; images and volumes share one name space; a
+// snapshot is written VOLUME@SNAPSHOT. Where a function takes a `source` it accepts all three.
+//
+// Thread rule: every function may be called from any thread at the same time.
+// Durability: a function that changes something is durable when it returns success, and has then
+// happened wholly; on error it has not happened. Device writes: see base/block_device.h.
+// Errors: kNotFound, kAlreadyExists, kInvalidArgument (names, sizes), kBusy (names the attachment),
+// and those of nebula/store.h.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/block_device.h"
+#include "base/error.h"
+#include "base/hash.h"
+#include "io/io.h"
+#include "nebula/store.h"
+
+namespace stellarium::nova {
+
+inline constexpr uint64_t kMaxVolumeBytes = uint64_t{1} << 50;  ///< 1 PiB.
+inline constexpr uint64_t kSectorBytes = 512;
+
+enum class EntityKind : uint8_t { kImage, kVolume, kSnapshot };
+
+/// What is known of an image, volume or snapshot.
+struct EntityInfo {
+    EntityKind kind = EntityKind::kVolume;
+    uint64_t id = 0;   ///< Never used again after removal.
+    std::string name;  ///< For a snapshot: "VOLUME@SNAPSHOT".
+    uint64_t size_bytes = 0;
+    std::string parent;           ///< What it was cloned from or is a snapshot of; "" for none.
+    bool parent_removed = false;  ///< `parent` is the name it had.
+    std::chrono::nanoseconds created{};  ///< Since 1970, UTC.
+    bool attached = false;               ///< A device of it is open, or an attachment is on record.
+    std::string attachment;              ///< Label of the attachment; "" for none.
+    uint64_t dirty_bytes = 0;            ///< Acknowledged, not yet in the log.
+    uint64_t snapshots = 0;              ///< Of a volume.
+};
+
+/// Costs a walk of the tree: what info() adds for one entity.
+struct EntityDetail {
+    EntityInfo info;
+    uint64_t data_bytes = 0;  ///< Mapped, in whole pages: not holes.
+    uint64_t extents = 0;
+    Hash256 root;  ///< Canonical root (the delta folded), computed now for volumes.
+    std::vector<std::string> lineage;  ///< Parent, its parent, ... as far as known.
+};
+
+struct PoolStats {
+    nebula::StoreStats store;
+    uint64_t images = 0;
+    uint64_t volumes = 0;
+    uint64_t snapshots = 0;
+    uint64_t attachments = 0;
+    uint64_t logical_bytes = 0;   ///< Sum of the sizes of all images and volumes.
+    uint64_t imported_bytes = 0;  ///< Non-hole bytes given to imports since creation.
+    uint64_t written_bytes = 0;   ///< Bytes written by devices and appended, since creation.
+    uint64_t dirty_bytes = 0;     ///< In the arena now.
+    uint64_t delta_extents = 0;   ///< In memory, of live volumes.
+    uint64_t node_cache_bytes = 0;
+};
+
+struct PoolOptions {
+    nebula::StoreOptions store;
+    /// Where the dirty arena lives: a directory on a memory file system, so that acknowledged
+    /// writes outlive the process. Empty: private memory (a command that opens the pool for
+    /// itself).
+    std::string runtime_directory;
+    uint64_t dirty_budget_bytes = uint64_t{256} << 20;
+    uint64_t node_cache_bytes = uint64_t{64} << 20;
+    std::chrono::milliseconds writeback_age{5000};  ///< Dirty longer than this: appended.
+    /// Log bytes after which a checkpoint is made in the background.
+    uint64_t checkpoint_bytes = uint64_t{512} << 20;
+    unsigned hash_threads = 0;  ///< For imports; 0: one a core, at most 8.
+    /// Background threads. false (model tests): nothing happens but in calls; flush_async completes
+    /// before it returns.
+    bool background = true;
+};
+
+/// Feeds one new image. Destroyed without finish(): nothing is left but unreferenced chunks.
+/// Thread rule: one thread.
+class ImageImport {
+  public:
+    virtual ~ImageImport() = default;
+    /// Bytes at an offset. Offsets ascend and do not overlap; gaps are holes. Copied.
+    virtual Result<void> append(uint64_t offset_bytes, Bytes data) = 0;
+    /// The image is `size_bytes` long, from the end of what was appended on holes; on return it is
+    /// durable and has its name.
+    virtual Result<EntityInfo> finish(uint64_t size_bytes) = 0;
+
+    /// So far, for progress bars.
+    struct Progress {
+        uint64_t bytes = 0;            ///< Appended.
+        uint64_t new_bytes = 0;        ///< Stored because nothing equal was there.
+        uint64_t duplicate_bytes = 0;  ///< Already there.
+        uint64_t zero_bytes = 0;       ///< Zero pages, which cost nothing.
+    };
+    virtual Progress progress() const = 0;
+};
+
+/// A fixed state of an image, volume or snapshot, to read from (export). Holds what completed
+/// before it was made. Thread rule: any thread.
+class Reader {
+  public:
+    virtual ~Reader() = default;
+    virtual uint64_t size_bytes() const = 0;
+    /// First range of data at or after `offset_bytes`, as (offset, length), merged, at most to the
+    /// end; nullopt when only holes follow.
+    virtual Result<std::optional<std::pair<uint64_t, uint64_t>>> next_data(
+        uint64_t offset_bytes) = 0;
+    /// Any offset and length within the size.
+    virtual Result<void> read(uint64_t offset_bytes, MutableBytes into) = 0;
+};
+
+struct AttachOptions {
+    bool read_only = false;
+    std::string label;   ///< Who holds it, for messages: "vhost-user socket vm-1.sock".
+    std::string serial;  ///< For BlockDevice::serial; "" takes the volume's name, cut to 20 bytes.
+};
+
+struct DiffRange {
+    uint64_t offset_bytes = 0;
+    uint64_t length_bytes = 0;
+};
+
+class Pool {
+  public:
+    /// Without close() the destructor behaves as if the process had died: nothing acknowledged is
+    /// lost (with a runtime directory), and the next open replays.
+    virtual ~Pool() = default;
+
+    static Result<void> create(const io::Env& env, const std::string& directory,
+                               const PoolOptions& options);
+    static Result<std::unique_ptr<Pool>> open(const io::Env& env, const std::string& directory,
+                                              const PoolOptions& options);
+    /// Flushes everything, checkpoints, releases the store. All devices, readers and imports must
+    /// be gone.
+    virtual Result<void> close() = 0;
+
+    // Images.
+    virtual Result<std::unique_ptr<ImageImport>> begin_import(std::string_view name) = 0;
+
+    // Volumes.
+    virtual Result<EntityInfo> create_volume(std::string_view name, uint64_t size_bytes) = 0;
+    /// Clones `source` to each of `names`, all in one batch. Size: the source's, rounded up to
+    /// sectors. At most kMaxClonesPerCall names.
+    virtual Result<void> clone(std::string_view source, const std::vector<std::string>& names) = 0;
+    /// Shrinking is refused while attached.
+    virtual Result<EntityInfo> resize(std::string_view volume, uint64_t size_bytes) = 0;
+    virtual Result<void> rename(std::string_view from, std::string_view to) = 0;
+    /// Images and volumes (with their snapshots); all or none; refused while attached.
+    virtual Result<void> remove(const std::vector<std::string>& names) = 0;
+
+    // Snapshots.
+    virtual Result<EntityInfo> create_snapshot(std::string_view volume,
+                                               std::string_view snapshot) = 0;
+    virtual Result<void> rollback(std::string_view volume, std::string_view snapshot) = 0;
+    virtual Result<void> remove_snapshot(std::string_view volume, std::string_view snapshot) = 0;
+
+    // Looking.
+    /// Sorted by name. Snapshots: of one volume, or of all when `volume` is empty.
+    virtual std::vector<EntityInfo> images() const = 0;
+    virtual std::vector<EntityInfo> volumes() const = 0;
+    virtual Result<std::vector<EntityInfo>> snapshots(std::string_view volume) const = 0;
+    virtual Result<EntityInfo> find(std::string_view source) const = 0;
+    virtual Result<EntityDetail> detail(std::string_view source) = 0;
+    virtual Result<std::unique_ptr<Reader>> open_reader(std::string_view source) = 0;
+    /// Ranges that differ, ascending, page-granular, clipped to the larger size.
+    virtual Result<void> diff(std::string_view a, std::string_view b,
+                              const std::function<Result<void>(DiffRange)>& visit) = 0;
+
+    // Devices.
+    /// Opens a volume, or with read_only also an image or snapshot. A second writable device is
+    /// refused with kBusy naming the first. Releasing the pointer detaches: it flushes first.
+    virtual Result<std::shared_ptr<BlockDevice>> attach(std::string_view source,
+                                                        const AttachOptions& options) = 0;
+    /// What a frontend must remember of an attachment across restarts: opaque bytes (at most 4 KiB)
+    /// and the label shown in messages. An entity with one counts as attached. nullopt removes it.
+    struct AttachmentRecord {
+        std::string source;
+        std::string label;
+        std::vector<std::byte> options;
+    };
+    virtual Result<void> set_attachment(std::string_view source,
+                                        std::optional<AttachmentRecord> record) = 0;
+    virtual std::vector<AttachmentRecord> attachments() const = 0;
+
+    // The whole.
+    virtual PoolStats stats() const = 0;
+    virtual Result<void> checkpoint() = 0;
+    virtual std::optional<std::string> read_only_reason() const = 0;
+    virtual std::vector<std::string> warnings() const = 0;
+    virtual std::array<uint8_t, 16> uuid() const = 0;
+};
+
+inline constexpr size_t kMaxClonesPerCall = 100'000;
+
+/// kInvalidArgument with the rule when `name` is not a valid name.
+Result<void> check_name(std::string_view name);
+
+}  // namespace stellarium::nova
