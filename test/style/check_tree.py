@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""Checks what every file and folder of the tree must have.
+
+    check_tree.py ROOT         check the tree at ROOT; prints each violation, exit 1 if any
+    check_tree.py --self-test  prove on small made-up trees that each violation is found
+
+  * Each component (a folder below src/ with a CMakeLists.txt of its own) has a README.md.
+  * Each public header opens with its contract: the first line is a comment, before any code.
+  * No line names a path that exists only on somebody's machine.
+"""
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+# Written in pieces, so that this file does not match itself.
+MACHINE_PATH = re.compile(r"(?<![\w.$}~-])/(?:wo" + r"rk|ho" + r"me|Use" + r"rs|ro" + r"ot/[\w.])(?:/[\w.@-]+)+")
+# Where a guest's or a package's own file system is meant, and not this machine's.
+ALLOWED_PREFIXES = ("/home/stellarium",)
+SKIPPED_FOLDERS = {".git", "build", ".cache", "golden", "corpus"}
+TEXT_SUFFIXES = {".cc", ".h", ".c", ".py", ".sh", ".md", ".txt", ".cmake", ".json", ".yaml", ".yml",
+                 ".in", ".service", ".conf", ""}
+
+
+def tree_files(root):
+    for path in sorted(root.iterdir()):
+        if path.name in SKIPPED_FOLDERS or path.is_symlink():
+            continue
+        if path.is_dir():
+            yield from tree_files(path)
+        elif path.suffix in TEXT_SUFFIXES:
+            yield path
+
+
+def check(root):
+    root = Path(root).resolve()
+    problems = []
+    for list_file in sorted((root / "src").rglob("CMakeLists.txt")):
+        if list_file.parent != root / "src" and not (list_file.parent / "README.md").exists():
+            problems.append(f"{list_file.parent.relative_to(root)}: has no README.md")
+    for path in tree_files(root):
+        where = path.relative_to(root)
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            continue
+        if path.suffix == ".h" and where.parts[0] in ("src", "include"):
+            first = text.split("\n", 1)[0]
+            if not re.match(r"(//|/\*).*\w", first):
+                problems.append(f"{where}:1: opens without its contract (a comment that says what it is)")
+        for number, line in enumerate(text.splitlines(), 1):
+            for match in MACHINE_PATH.finditer(line):
+                if not match.group().startswith(ALLOWED_PREFIXES):
+                    problems.append(f"{where}:{number}: names a path of one machine: {match.group()}")
+    return problems
+
+
+def self_test():
+    good = {"src/a/CMakeLists.txt": "", "src/a/README.md": "A.\n", "src/a/a.h": "// What a is.\n"}
+    private = "/ho" + "me/alice/src"
+    cases = [
+        ("a good tree", {}, ""),
+        ("a component without README", {"src/b/CMakeLists.txt": ""}, "src/b: has no README.md"),
+        ("a header without contract", {"src/a/b.h": "#pragma once\n// Too late.\n"}, "src/a/b.h:1: opens without"),
+        ("an empty comment", {"src/a/b.h": "//\n#pragma once\n"}, "src/a/b.h:1: opens without"),
+        ("a private path", {"docs/x.md": f"one\ncd {private}\n"}, "docs/x.md:2: names a path of one machine"),
+        ("a variable's path", {"docs/x.md": "cd $HOME" + private + " ~" + private + "\n"}, ""),
+    ]
+    wrong = 0
+    for title, changes, expected in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in {**good, **changes}.items():
+                path = Path(folder, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+            problems = check(folder)
+        found = not problems if expected == "" else any(expected in line for line in problems)
+        if not found:
+            wrong += 1
+            print(f"self-test: {title}: expected '{expected}', got {problems}")
+    return wrong
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    if sys.argv[1] == "--self-test":
+        sys.exit(1 if self_test() else 0)
+    found_problems = check(sys.argv[1])
+    print("\n".join(found_problems), end="\n" if found_problems else "")
+    sys.exit(1 if found_problems else 0)
