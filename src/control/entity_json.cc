@@ -1,0 +1,117 @@
+#include "control/entity_json.h"
+
+#include <cmath>
+#include <utility>
+
+#include <fmt/chrono.h>
+#include <fmt/format.h>
+
+namespace stellarium::control {
+
+std::string_view to_string(nova::EntityKind kind) {
+    switch (kind) {
+        case nova::EntityKind::kImage:
+            return "image";
+        case nova::EntityKind::kVolume:
+            return "volume";
+        case nova::EntityKind::kSnapshot:
+            return "snapshot";
+    }
+    std::unreachable();
+}
+
+std::string format_time(std::chrono::nanoseconds since_1970) {
+    const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(since_1970).count();
+    std::tm parts{};
+    const auto time = static_cast<std::time_t>(seconds);
+    if (gmtime_r(&time, &parts) == nullptr) {
+        return "?";
+    }
+    return fmt::format("{:%Y-%m-%dT%H:%M:%SZ}", parts);
+}
+
+std::string format_uuid(const std::array<uint8_t, 16>& uuid) {
+    std::string text;
+    for (size_t i = 0; i < uuid.size(); ++i) {
+        if (i == 4 || i == 6 || i == 8 || i == 10) {
+            text += '-';
+        }
+        text += fmt::format("{:02x}", uuid[i]);
+    }
+    return text;
+}
+
+Json to_json(const nova::EntityInfo& info) {
+    Json json{{"kind", to_string(info.kind)},
+              {"id", info.id},
+              {"name", info.name},
+              {"size_bytes", info.size_bytes},
+              {"parent", info.parent},
+              {"parent_removed", info.parent_removed},
+              {"created", format_time(info.created)},
+              {"attached", info.attached},
+              {"attachment", info.attachment},
+              {"dirty_bytes", info.dirty_bytes},
+              {"snapshots", info.snapshots}};
+    return json;
+}
+
+Json to_json(const nova::EntityDetail& detail) {
+    Json json = to_json(detail.info);
+    json["data_bytes"] = detail.data_bytes;
+    json["extents"] = detail.extents;
+    json["root"] = detail.root.hex();
+    json["lineage"] = detail.lineage;
+    return json;
+}
+
+Json to_json(const nova::ImageImport::Progress& progress) {
+    return Json{{"bytes", progress.bytes},
+                {"new_bytes", progress.new_bytes},
+                {"duplicate_bytes", progress.duplicate_bytes},
+                {"zero_bytes", progress.zero_bytes}};
+}
+
+double dedup_ratio(const nova::PoolStats& stats) {
+    if (stats.store.unique_bytes == 0) {
+        return 0;
+    }
+    const double ratio = static_cast<double>(stats.imported_bytes + stats.written_bytes) /
+                         static_cast<double>(stats.store.unique_bytes);
+    return std::round(ratio * 10'000) / 10'000;
+}
+
+Json to_json(const nova::PoolStats& stats) {
+    return Json{{"logical_bytes", stats.logical_bytes},
+                {"unique_bytes", stats.store.unique_bytes},
+                {"stored_bytes", stats.store.stored_bytes},
+                {"appended_bytes", stats.store.appended_bytes},
+                {"dedup_ratio", dedup_ratio(stats)},
+                {"chunks", stats.store.chunks},
+                {"index_bytes", stats.store.index_bytes},
+                {"volumes", stats.volumes},
+                {"images", stats.images},
+                {"snapshots", stats.snapshots},
+                {"attachments", stats.attachments},
+                {"imported_bytes", stats.imported_bytes},
+                {"written_bytes", stats.written_bytes},
+                {"duplicate_bytes", stats.store.duplicate_bytes},
+                {"dirty_bytes", stats.dirty_bytes},
+                {"delta_extents", stats.delta_extents},
+                {"node_cache_bytes", stats.node_cache_bytes},
+                {"segments", stats.store.segments},
+                {"sequence", stats.store.sequence},
+                {"durable_sequence", stats.store.durable_sequence},
+                {"index_misses_recovered", stats.store.index_misses_recovered},
+                {"chunks_verified", stats.store.chunks_verified}};
+}
+
+Json to_json(const std::vector<nova::EntityInfo>& infos) {
+    Json array = Json::array();
+    for (const nova::EntityInfo& info : infos) {
+        array.push_back(to_json(info));
+    }
+    return array;
+}
+
+}  // namespace stellarium::control

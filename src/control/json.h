@@ -1,0 +1,81 @@
+// JSON as the control interface speaks it: strict reading of what strangers sent, writing that
+// cannot fail.
+//
+// nlohmann's library throws; nothing that calls it through these functions sees an exception.
+//
+//     STELLARIUM_ASSIGN(const Json request, parse_json(body, "request body"));
+//     ObjectReader reader(request, "request body");
+//     std::string name = reader.required_string("name");
+//     uint64_t size = reader.required_size("size_bytes");
+//     STELLARIUM_TRY(reader.finish());  // every missing, mistyped and unknown key in one message
+//
+// Thread rule: values; an ObjectReader belongs to one thread.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+#include "base/error.h"
+
+namespace stellarium::control {
+
+/// Keeps the order of keys, so that output reads as it was written.
+using Json = nlohmann::ordered_json;
+
+/// Compact text. Bytes that are not UTF-8 come out as U+FFFD.
+std::string to_text(const Json& value);
+/// The same over several lines, for people and files.
+std::string to_pretty_text(const Json& value);
+
+/// kInvalidArgument naming `what` and the byte where parsing stopped.
+Result<Json> parse_json(std::string_view text, std::string_view what);
+
+/// Reads one object key by key and collects everything that is wrong with it.
+/// The getters return a default after an error; call finish() before using what they gave.
+class ObjectReader {
+  public:
+    /// Borrows `object`, which need not be an object: then finish() says so.
+    ObjectReader(const Json& object, std::string what);
+
+    std::string required_string(std::string_view key);
+    uint64_t required_size(std::string_view key);
+    std::vector<std::string> required_strings(std::string_view key);
+
+    std::optional<std::string> optional_string(std::string_view key);
+    std::optional<bool> optional_bool(std::string_view key);
+    std::optional<uint64_t> optional_number(std::string_view key, uint64_t least = 0,
+                                            uint64_t most = std::numeric_limits<uint64_t>::max());
+    /// A number of bytes, or text such as "10GiB".
+    std::optional<uint64_t> optional_size(std::string_view key);
+
+    bool has(std::string_view key) const;
+    /// Adds a complaint about `key` found by the caller.
+    void complain(std::string_view key, std::string_view why);
+
+    /// kInvalidArgument listing every complaint, unknown keys included, separated by "; ".
+    Result<void> finish();
+    /// The complaints of finish(), one by one, each with its key.
+    std::vector<std::string> complaints();
+
+  private:
+    const Json* take(std::string_view key);
+    const Json* require(std::string_view key);
+
+    const Json& object_;
+    std::string what_;
+    std::vector<std::string> known_keys_;
+    std::vector<std::string> complaints_;
+};
+
+/// The wire form of an error: {"code", "message", "advice"}.
+Json error_to_json(const Error& error);
+/// The inverse. Anything that is not such an object becomes kProtocol, with the HTTP status named.
+Error error_from_json(std::string_view text, int http_status);
+
+}  // namespace stellarium::control

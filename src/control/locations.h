@@ -1,0 +1,61 @@
+// Where things are: the default store, a store's runtime directory, the daemon's control socket.
+//
+//   store            --store, else $STELLARIUM_STORE, else /var/lib/stellarium for root and
+//                    $XDG_DATA_HOME/stellarium or ~/.local/share/stellarium for others
+//   runtime base     $STELLARIUM_RUNTIME_DIR, else /run/stellarium for root, else
+//                    $XDG_RUNTIME_DIR/stellarium, else /run/user/UID/stellarium where that is, else
+//                    /tmp/stellarium-UID
+//   runtime          base + "/" + 16 hexadecimal digits of the BLAKE3 of the store's real path
+//   control socket   runtime + "/control.sock"
+//
+// A running daemon also writes down where it is, in the store itself (daemon.json), so that clients
+// find it whatever it was told on its command line. The record of a daemon that died stays: its
+// runtime directory may hold acknowledged writes that the next owner of the store must adopt.
+//
+// Thread rule: reads the environment; call before threads change it.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/error.h"
+#include "io/io.h"
+
+namespace stellarium::control {
+
+/// A path of a unix socket has room for this many bytes.
+inline constexpr size_t kMaxSocketPathBytes = 107;
+
+/// kInvalidArgument when neither STELLARIUM_STORE nor HOME says where.
+Result<std::string> default_store_directory();
+
+/// The path without symbolic links, or made absolute when (part of) it does not exist.
+std::string real_path(const std::string& path);
+
+std::string default_runtime_directory(const std::string& store_directory);
+
+/// Makes the directory and its parents, mode 0700. kPermissionDenied when it belongs to somebody
+/// else or others may write to it: they could put their own sockets there.
+Result<void> make_private_directory(const std::string& path);
+
+struct DaemonRecord {
+    int64_t pid = 0;
+    std::string socket;
+    std::string runtime_directory;
+};
+inline constexpr const char* kDaemonRecordName = "daemon.json";
+
+/// nullopt when there is none, or none that can be understood.
+std::optional<DaemonRecord> read_daemon_record(io::FileSystem& files,
+                                               const std::string& store_directory);
+Result<void> write_daemon_record(io::FileSystem& files, const std::string& store_directory,
+                                 const DaemonRecord& record);
+Result<void> remove_daemon_record(io::FileSystem& files, const std::string& store_directory);
+
+/// Where a daemon of this store may listen, the likeliest first, without repeats.
+std::vector<std::string> control_socket_candidates(io::FileSystem& files,
+                                                   const std::string& store_directory);
+
+}  // namespace stellarium::control

@@ -1,0 +1,70 @@
+// ControlService: every operation on a store, as a request with a JSON (or content) body and an
+// answer. docs/api/openapi.json describes it; a test holds this table and that file together.
+//
+// The daemon puts it behind a socket, and a command that finds no daemon calls it directly, so both
+// say the same about the same store.
+//
+//     ControlService service(*pool, {});
+//     Response r = service.handle({"POST", "/v1/volumes", R"({"name":"a","size_bytes":4096})"});
+//
+// What it does beside nova::Pool: names images and volumes apart (removing an image by the volume's
+// path is refused), suggests names for mistyped ones, counts running imports, and translates.
+//
+// Thread rule: handle() from any thread at the same time. The pool and the host outlive it.
+// Durability and errors: those of nova/pool.h.
+#pragma once
+
+#include <memory>
+#include <span>
+#include <string_view>
+
+#include "control/attachment.h"
+#include "control/message.h"
+#include "nova/pool.h"
+
+namespace stellarium::control {
+
+inline constexpr std::string_view kApiVersion = "v1";
+/// Bound of one JSON request; the largest is a clone of kMaxClonesPerCall names.
+inline constexpr size_t kMaxJsonBytes = size_t{16} << 20;
+static_assert(nova::kMaxClonesPerCall * (128 + 4) + 4096 <= kMaxJsonBytes);
+inline constexpr uint64_t kMaxDiffRanges = 100'000;  ///< In one answer; the client asks on.
+
+/// One row of the table of operations.
+struct RouteInfo {
+    std::string_view method;
+    std::string_view path;  ///< With {placeholders}: "/v1/images/{name}".
+    std::string_view operation;
+    int success_status;
+    bool upload = false;    ///< The request's body is a sparse stream.
+    bool download = false;  ///< The answer's body is a sparse stream.
+};
+
+struct ServiceOptions {
+    AttachmentHost* host = nullptr;  ///< nullptr: no daemon; attaching is refused.
+    std::string version;             ///< Of the program, for GET /v1/version.
+    std::string directory;           ///< Of the store.
+    std::string socket;              ///< Control socket; "" for none.
+};
+
+class ControlService final : public RequestHandler {
+  public:
+    ControlService(nova::Pool& pool, ServiceOptions options);
+    ~ControlService() override;
+
+    bool wants_upload(const std::string& method, const std::string& target) const override;
+    Response handle(const Request& request) override;
+
+    static std::span<const RouteInfo> routes();
+
+  private:
+    struct Impl;
+    std::unique_ptr<Impl> impl_;
+};
+
+/// %XX-encodes everything but unreserved characters.
+std::string percent_encode(std::string_view text);
+/// kInvalidArgument for a malformed escape or an encoded NUL.
+Result<std::string> percent_decode(std::string_view text);
+
+}  // namespace stellarium::control
