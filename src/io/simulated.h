@@ -27,12 +27,12 @@
 // (mount()) keep their content through that and are empty after a crash.
 //
 // After either, Files and FileLocks from before are dead: their calls fail with kIo and change
-// nothing; their mapped memory stays readable but belongs to nobody.
+// nothing; their mapped memory stays valid but is no longer part of the machine.
 //
 // Limits. Files reach 16 TiB and are sparse in pages of 4 KiB; copies of a machine share pages. A
-// file that was mapped shared lives in one buffer from then on and can grow to
-// max(1 GiB, 4 x its size at that moment), not further (kUnsupported). Stores through the mapping
-// of a file that is not on a memory file system become durable by datasync and may be lost before.
+// file that was mapped shared lives in a memfd from then on, one descriptor a file, and copies of
+// the machine copy its bytes. Stores through the mapping of a file that is not on a memory file
+// system become durable by datasync and may be lost before.
 // No hard links, symbolic links or permissions. Read-only maps are copies.
 //
 //     SimulatedMachine machine(seed);
