@@ -1,0 +1,111 @@
+# What `cmake --install` puts where, and the Debian package that CPack makes of it.
+#
+#   bin/stellarctl bin/stellariumd      lib/libstellarium.so    include/stellarium/   share/man/
+#   share/bash-completion/              lib/systemd/system/     lib/sysusers.d/       share/doc/
+
+# --- The library ---------------------------------------------------------------------------------
+# The engine (store and volumes) for programs that embed it: one shared object made of the same
+# object files as the daemon. Its C++ interface is the components' headers, and it has no stable ABI
+# before 1.0, so the soname carries the minor version.
+set(STELLARIUM_ENGINE base io nebula nova)
+set(engine_complete TRUE)
+foreach(component ${STELLARIUM_ENGINE})
+  if(NOT TARGET stellarium_${component})
+    set(engine_complete FALSE)
+  endif()
+endforeach()
+if(engine_complete)
+  set(engine_objects)
+  set(engine_libraries)
+  foreach(component ${STELLARIUM_ENGINE})
+    list(APPEND engine_objects $<TARGET_OBJECTS:stellarium_${component}>)
+    get_target_property(libraries stellarium_${component} LINK_LIBRARIES)
+    foreach(library ${libraries})
+      if(NOT library MATCHES "^stellarium_")
+        list(APPEND engine_libraries ${library})
+      endif()
+    endforeach()
+  endforeach()
+  list(REMOVE_DUPLICATES engine_libraries)
+  add_library(stellarium SHARED ${engine_objects})
+  target_link_libraries(stellarium PRIVATE ${engine_libraries})
+  set_target_properties(stellarium PROPERTIES
+    VERSION ${PROJECT_VERSION} SOVERSION ${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR})
+  install(TARGETS stellarium LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
+  foreach(component ${STELLARIUM_ENGINE})
+    install(DIRECTORY ${CMAKE_SOURCE_DIR}/src/${component}
+            DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/stellarium
+            FILES_MATCHING PATTERN "*.h" PATTERN "test_support.h" EXCLUDE)
+  endforeach()
+endif()
+
+# --- Programs ------------------------------------------------------------------------------------
+foreach(program stellarctl stellariumd)
+  if(TARGET ${program})
+    install(TARGETS ${program} RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
+  endif()
+endforeach()
+
+# --- Pages, completion, licence ------------------------------------------------------------------
+file(GLOB man_pages CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/docs/man/*.[1-8])
+foreach(page ${man_pages})
+  string(REGEX REPLACE ".*\\.([1-8])$" "\\1" section ${page})
+  install(FILES ${page} DESTINATION ${CMAKE_INSTALL_MANDIR}/man${section})
+endforeach()
+if(EXISTS ${CMAKE_SOURCE_DIR}/packaging/completions/stellarctl.bash)
+  install(FILES ${CMAKE_SOURCE_DIR}/packaging/completions/stellarctl.bash
+          DESTINATION ${CMAKE_INSTALL_DATADIR}/bash-completion/completions RENAME stellarctl)
+endif()
+if(EXISTS ${CMAKE_SOURCE_DIR}/packaging/completions/_stellarctl)
+  install(FILES ${CMAKE_SOURCE_DIR}/packaging/completions/_stellarctl
+          DESTINATION ${CMAKE_INSTALL_DATADIR}/zsh/vendor-completions)
+endif()
+install(FILES ${CMAKE_SOURCE_DIR}/LICENSE ${CMAKE_SOURCE_DIR}/README.md
+              ${CMAKE_SOURCE_DIR}/CHANGELOG.md
+        DESTINATION ${CMAKE_INSTALL_DATADIR}/doc/stellarium)
+
+# --- systemd and pkg-config: written while installing, when the prefix is known ------------------
+install(CODE "
+  set(CMAKE_INSTALL_BINDIR \"${CMAKE_INSTALL_BINDIR}\")
+  set(CMAKE_INSTALL_LIBDIR \"${CMAKE_INSTALL_LIBDIR}\")
+  set(CMAKE_INSTALL_INCLUDEDIR \"${CMAKE_INSTALL_INCLUDEDIR}\")
+  set(PROJECT_VERSION \"${PROJECT_VERSION}\")
+  set(PROJECT_DESCRIPTION \"${PROJECT_DESCRIPTION}\")
+  set(written \"${CMAKE_BINARY_DIR}/packaging\")
+  configure_file(\"${CMAKE_SOURCE_DIR}/packaging/stellariumd.service.in\"
+                 \"\${written}/stellariumd.service\" @ONLY)
+  configure_file(\"${CMAKE_SOURCE_DIR}/packaging/stellarium.sysusers.in\"
+                 \"\${written}/stellarium.conf\" @ONLY)
+  configure_file(\"${CMAKE_SOURCE_DIR}/packaging/stellarium.pc.in\"
+                 \"\${written}/stellarium.pc\" @ONLY)
+")
+install(FILES ${CMAKE_BINARY_DIR}/packaging/stellariumd.service DESTINATION lib/systemd/system)
+install(FILES ${CMAKE_BINARY_DIR}/packaging/stellarium.conf DESTINATION lib/sysusers.d)
+install(FILES ${CMAKE_BINARY_DIR}/packaging/stellarium.pc
+        DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
+
+# --- The Debian package --------------------------------------------------------------------------
+set(CPACK_GENERATOR DEB)
+set(CPACK_PACKAGE_NAME stellarium-engine)  # `stellarium` is a planetarium program in Debian.
+set(CPACK_PACKAGE_VENDOR "The Stellarium developers")
+set(CPACK_PACKAGE_CONTACT "The Stellarium developers <maintainers@stellarium.invalid>")
+set(CPACK_PACKAGE_VERSION ${PROJECT_VERSION})
+set(CPACK_PACKAGING_INSTALL_PREFIX /usr)
+set(CPACK_STRIP_FILES ON)
+set(CPACK_DEBIAN_FILE_NAME DEB-DEFAULT)
+set(CPACK_DEBIAN_PACKAGE_SECTION admin)
+set(CPACK_DEBIAN_PACKAGE_DESCRIPTION
+    "content-addressed storage engine for microVMs
+ Gives every virtual machine its disk out of one content-addressed store:
+ each unique byte is kept once, a clone is a pointer, a snapshot is a hash.
+ Guests in QEMU, Cloud Hypervisor and User-mode Linux reach their disks
+ through vhost-user-blk sockets of the daemon, stellariumd; stellarctl
+ imports images and manages volumes and snapshots.")
+set(CPACK_DEBIAN_PACKAGE_SHLIBDEPS ON)
+set(CPACK_DEBIAN_PACKAGE_DEPENDS "adduser")
+set(CPACK_DEBIAN_PACKAGE_RECOMMENDS "qemu-utils")
+set(CPACK_DEBIAN_PACKAGE_CONTROL_STRICT_PERMISSION ON)
+set(CPACK_DEBIAN_PACKAGE_CONTROL_EXTRA
+    ${CMAKE_SOURCE_DIR}/packaging/debian/postinst ${CMAKE_SOURCE_DIR}/packaging/debian/prerm
+    ${CMAKE_SOURCE_DIR}/packaging/debian/postrm)
+include(CPack)
