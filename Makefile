@@ -63,7 +63,7 @@ crash: ## Run the crash tests with fresh seeds for HOURS=n
 demo: ## The main job on real input: import, 1,000 clones, two guests in QEMU
 	@scripts/install-deps.sh build demo
 	@scripts/build.sh release
-	@scripts/demo.sh
+	@scripts/demo.py
 
 bench: ## Benchmarks beside the tools that people use today
 	@scripts/install-deps.sh build test bench
