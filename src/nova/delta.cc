@@ -512,7 +512,7 @@ size_t DeltaNode::Body::child_position(uint32_t index) const {
     return static_cast<size_t>(std::popcount(present & ((uint64_t{1} << index) - 1)));
 }
 
-const DeltaNode* DeltaNode::Body::child(uint32_t index) const {
+DeltaNode* DeltaNode::Body::child(uint32_t index) const {
     return (present >> index & 1) != 0 ? children[child_position(index)].get() : nullptr;
 }
 
@@ -543,12 +543,16 @@ Result<void> load_delta_node(nebula::Store& store, DeltaNode& node, IoMode mode)
     return publish_body(node, std::move(body));
 }
 
+bool same_node(const DeltaNode& a, const DeltaNode& b) {
+    return &a == &b || (a.named.load(std::memory_order_acquire) &&
+                        b.named.load(std::memory_order_acquire) && a.name == b.name);
+}
+
 bool Delta::same_version(const Delta& other) const {
-    if (root_.get() == other.root_.get()) {
-        return true;
+    if (!root_ || !other.root_) {
+        return empty() && other.empty();
     }
-    return root_ && other.root_ && root_->named.load(std::memory_order_acquire) &&
-           other.root_->named.load(std::memory_order_acquire) && root_->name == other.root_->name;
+    return same_node(*root_, *other.root_);
 }
 
 Result<ExtentsPtr> Delta::find(nebula::Store& store, uint64_t leaf, IoMode mode) const {
@@ -566,8 +570,7 @@ Result<ExtentsPtr> Delta::find(nebula::Store& store, uint64_t leaf, IoMode mode)
         }
         const auto index = static_cast<uint32_t>(leaf >> child_shift(node->level));
         leaf &= leaves_below(node->level - 1) - 1;
-        node = (body.present >> index & 1) != 0 ? body.children[body.child_position(index)].get()
-                                                : nullptr;
+        node = body.child(index);
     }
     return nullptr;
 }

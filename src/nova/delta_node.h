@@ -41,7 +41,7 @@ struct DeltaNode {
 
         bool is_inner() const { return !children.empty(); }
         /// Child `index` of an inner node, or null.
-        const DeltaNode* child(uint32_t index) const;
+        DeltaNode* child(uint32_t index) const;
         size_t child_position(uint32_t index) const;
     };
 
@@ -67,6 +67,9 @@ inline uint32_t child_shift(uint32_t level) {
 inline uint64_t leaves_below(uint32_t level) {
     return uint64_t{1} << (kFanoutBits * level);
 }
+
+/// One node, or two of the same name.
+bool same_node(const DeltaNode& a, const DeltaNode& b);
 
 /// Reads the body if that has not happened yet. kNoWait: kWouldBlock instead.
 Result<void> load_delta_node(nebula::Store& store, DeltaNode& node, IoMode mode);

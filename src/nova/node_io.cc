@@ -16,10 +16,40 @@ Result<nebula::ObjectBytes> read_node(nebula::Store& store, const NodeRef& ref) 
 Result<void> NodeWriter::add(EncodedNode node, std::function<void(const NodeRef&)> stored) {
     pending_bytes_ += node.content.size() + node.aux.size();
     pending_.push_back({std::move(node), std::move(stored)});
-    return pending_bytes_ >= kBatchBytes ? flush() : Result<void>{};
+    if (pending_bytes_ < kBatchBytes) {
+        return {};
+    }
+    STELLARIUM_TRY(append_pending());
+    move_inner();
+    return {};
+}
+
+Result<NodeRef> NodeWriter::add_inner(uint32_t level, TreeChildren children) {
+    const NodeRef ref{encode_tree_inner(level, children).id, std::nullopt};
+    inner_.push_back({level, std::move(children)});
+    return ref;
+}
+
+void NodeWriter::move_inner() {
+    for (PendingInner& inner : inner_) {
+        for (NodeRef& child : inner.children.children) {
+            if (!child.hint) {
+                child.hint = store_.object_address(child.id);
+            }
+        }
+        EncodedNode node = encode_tree_inner(inner.level, inner.children);
+        pending_bytes_ += node.content.size() + node.aux.size();
+        pending_.push_back({std::move(node), {}});
+    }
+    inner_.clear();
 }
 
 Result<void> NodeWriter::flush() {
+    move_inner();
+    return append_pending();
+}
+
+Result<void> NodeWriter::append_pending() {
     if (pending_.empty()) {
         return {};
     }

@@ -1,5 +1,8 @@
 // Reading and appending of nodes as objects of the store; private to the tree's implementation.
 //
+// Hints are worth some trouble where trees are large (imports) and none where a few nodes are
+// written (a fold): a node without them costs its reader a probe of the index for each child.
+//
 // Thread rule: NodeWriter belongs to one thread; read_node may be called from any.
 #pragma once
 
@@ -28,7 +31,10 @@ class NodeWriter {
     /// `stored`, when given, is called with the node's name and place after it was appended, and
     /// never if that fails.
     Result<void> add(EncodedNode node, std::function<void(const NodeRef&)> stored = {});
-    /// Appends what is gathered.
+    /// Adds an inner node of a tree and returns its name. It goes into the batch after that of its
+    /// children, where that is a full one, so that it can carry hints of where they lie.
+    Result<NodeRef> add_inner(uint32_t level, TreeChildren children);
+    /// Appends everything that is gathered.
     Result<void> flush();
 
   private:
@@ -36,9 +42,18 @@ class NodeWriter {
         EncodedNode node;
         std::function<void(const NodeRef&)> stored;
     };
+    struct PendingInner {
+        uint32_t level;
+        TreeChildren children;
+    };
+    Result<void> append_pending();
+    /// Looks up the children that have no hint, and moves the inner nodes to the next batch.
+    void move_inner();
+
     nebula::Store& store_;
-    std::vector<Pending> pending_;
+    std::vector<Pending> pending_;  ///< The next batch.
     size_t pending_bytes_ = 0;
+    std::vector<PendingInner> inner_;  ///< For the batch after it; children before parents.
 };
 
 }  // namespace stellarium::nova
