@@ -1,0 +1,110 @@
+// A data thread: one epoll loop over the sockets and kick descriptors of the devices pinned to it.
+//
+// A turn of the loop: run what other threads posted, complete finished requests, handle events,
+// then let each ring that has work take a bounded number of requests. It never blocks except in
+// epoll_wait.
+//
+// Kick descriptors are registered edge-triggered and never read: every write to an eventfd gives a
+// new edge, so a system call a kick is saved, and a front-end that reads its own eventfd at the
+// wrong moment cannot make this thread wait.
+//
+// Thread rule: post(), complete() from any thread; everything else on the thread itself.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "base/error.h"
+#include "frontend/vhost/request.h"
+#include "frontend/vhost/unique_fd.h"
+
+namespace stellarium::vhost {
+
+struct Device;
+class Session;
+
+/// What an epoll event points at. Lives in its owner, which outlives the turn that closes it
+/// (Worker::keep_until_end_of_turn).
+struct EventSource {
+    enum class Kind : uint8_t { kWake, kListener, kSocket, kKick };
+    Kind kind = Kind::kWake;
+    void* owner = nullptr;
+    uint16_t queue = 0;
+};
+
+class Worker {
+  public:
+    static Result<std::unique_ptr<Worker>> create(unsigned number);
+    /// Stops the loop after what was posted, and joins it.
+    ~Worker();
+    Worker(const Worker&) = delete;
+    Worker& operator=(const Worker&) = delete;
+
+    void post(std::function<void()> task);
+    /// Hands a finished request back to its session.
+    void complete(std::unique_ptr<Request> request);
+    std::atomic<unsigned>& device_count() { return device_count_; }
+
+    // ---- On the thread -----------------------------------------------------------------------
+
+    Result<void> watch(int fd, uint32_t events, EventSource& source);
+    void change(int fd, uint32_t events, EventSource& source);
+    void unwatch(int fd);
+    /// Puts a ring on the list of those with work.
+    void make_ready(const std::shared_ptr<Session>& session, uint16_t queue);
+    /// Looks at a ring without kick descriptor every kPollIntervalMs while the session lives.
+    void poll_queue(const std::weak_ptr<Session>& session, uint16_t queue);
+    /// Calls Device::on_listener again in a while: the process was out of descriptors.
+    void accept_later(const std::weak_ptr<Device>& device);
+    void keep_until_end_of_turn(std::shared_ptr<void> object);
+    std::unique_ptr<Request> take_request();
+    void recycle(std::unique_ptr<Request> request);
+    /// Scratch for the chain being decoded.
+    Chain& chain() { return chain_; }
+
+  private:
+    struct ReadyQueue {
+        std::shared_ptr<Session> session;
+        uint16_t queue;
+    };
+    struct PolledQueue {
+        std::weak_ptr<Session> session;
+        uint16_t queue;
+    };
+
+    Worker() = default;
+    void run();
+    void wake();
+    bool run_posted();
+    void run_ready();
+    void run_polled();
+    void run_late_accepts();
+
+    UniqueFd epoll_;
+    UniqueFd wake_fd_;
+    EventSource wake_source_;
+    std::thread thread_;
+    std::atomic<unsigned> device_count_{0};
+
+    std::mutex mutex_;  ///< Guards the next three.
+    std::vector<std::function<void()>> tasks_;
+    std::vector<std::unique_ptr<Request>> completed_;
+    bool stop_ = false;
+
+    std::deque<ReadyQueue> ready_;
+    std::vector<PolledQueue> polled_;
+    std::vector<std::weak_ptr<Device>> late_accepts_;
+    std::chrono::steady_clock::time_point next_accept_;
+    std::vector<std::shared_ptr<void>> graveyard_;
+    std::vector<std::unique_ptr<Request>> recycled_;
+    Chain chain_;
+};
+
+}  // namespace stellarium::vhost
