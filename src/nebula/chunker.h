@@ -21,11 +21,11 @@
 // 4 KiB pages (bytes added by the second, bytes of both, index entries of both):
 //
 //     forced cut every   hash mask   added by second   both      entries
-//     2 MiB              1/4         1.176             1.049     0.413
-//     2 MiB              1/8         1.260             1.070     0.318
-//     8 MiB              1/4         1.125             1.038     0.410
+//     2 MiB              1/4         1.170             1.049     0.413
+//     2 MiB              1/8         1.270             1.074     0.321
+//     8 MiB              1/4         1.120             1.040     0.410
 //     8 MiB (chosen)     1/8         1.169             1.054     0.317
-//     never              1/8         1.130             1.043     0.313
+//     never              1/8         1.141             1.049     0.316
 //
 // Only one cache line of a page is read where the page does not end in zeros, so cutting costs a
 // small part of hashing. A page whose tail is zero is read further, until its first set byte.

@@ -110,8 +110,14 @@ struct StoreOptions {
     bool verify_always = false;  ///< Check every read against its id, not only the first.
     /// Open on file systems that cannot keep the promises (network) all the same.
     bool allow_unsafe_file_system = false;
-    uint64_t segment_bytes = uint64_t{64} << 20;  ///< At most 64 MiB; smaller in tests.
+    /// 256 KiB to 64 MiB, whole pages; smaller than the default in tests only.
+    uint64_t segment_bytes = uint64_t{64} << 20;
+    /// A checkpoint writes the index anew when the log has grown by this many times the index since
+    /// the last time (or by 16 GiB); until then opening reads the footers of what is newer. 0: each
+    /// time.
+    uint32_t index_rewrite_factor = 64;
 };
+inline constexpr uint64_t kMinSegmentBytes = uint64_t{256} << 10;
 
 struct StoreStats {
     uint64_t chunks = 0;           ///< Distinct chunks and objects.

@@ -26,6 +26,14 @@ inline constexpr uint32_t kLeafPages = 512;
 inline constexpr uint32_t kSegmentPages = 16384;
 static_assert(kLeafPages % kMaxChunkPages == 0 && kSegmentPages % kLeafPages == 0);
 
+/// An object's content and the bytes stored beside it are at most this long together, so that any
+/// object fits into a pack of 64 KiB with the pack's own tables.
+inline constexpr size_t kMaxObjectBytes = kMaxChunkBytes - 256;
+/// All records of one append together, their 8-byte headers included.
+inline constexpr size_t kMaxRecordBytes = size_t{4} << 20;
+/// What the layer above may keep in the superblock.
+inline constexpr size_t kMaxCheckpointPayload = 1024;
+
 /// Where a chunk begins on disk: segment (26 bits) and page within it (14 bits), 40 bits in all.
 ///
 /// Segment numbers start at 1, so the value 0 is no address and means "nowhere". The value of all

@@ -1,0 +1,768 @@
+#include "nebula/segment.h"
+
+#include <algorithm>
+#include <cassert>
+#include <charconv>
+#include <cstring>
+#include <utility>
+
+#include <fmt/format.h>
+
+namespace stellarium::nebula {
+namespace {
+
+constexpr int kMaxInterruptionsInARow = 1024;
+
+uint64_t page_offset(uint32_t page) {
+    return uint64_t{page} * kPageBytes;
+}
+
+/// First entry at or after `page`.
+std::span<const Entry>::iterator first_at(std::span<const Entry> entries, uint32_t page) {
+    return std::partition_point(entries.begin(), entries.end(),
+                                [page](const Entry& entry) { return entry.page.get() < page; });
+}
+
+/// The page-addressable entry that covers `page`, or null.
+const Entry* entry_covering(std::span<const Entry> entries, uint32_t page) {
+    const auto after =
+        std::partition_point(entries.begin(), entries.end(),
+                             [page](const Entry& entry) { return entry.page.get() <= page; });
+    if (after == entries.begin()) {
+        return nullptr;
+    }
+    const Entry& entry = *(after - 1);
+    return entry.page_addressable() && page < entry.page.get() + entry.pages() ? &entry : nullptr;
+}
+
+/// Copies `from` into the scattered buffers, starting `skip` bytes into them.
+void scatter(Bytes from, std::span<const iovec> into, size_t skip) {
+    for (const iovec& part : into) {
+        if (from.empty()) {
+            return;
+        }
+        if (skip >= part.iov_len) {
+            skip -= part.iov_len;
+            continue;
+        }
+        const size_t length = std::min(part.iov_len - skip, from.size());
+        std::memcpy(static_cast<std::byte*>(part.iov_base) + skip, from.data(), length);
+        from = from.subspan(length);
+        skip = 0;
+    }
+}
+
+size_t total_bytes(std::span<const iovec> buffers) {
+    size_t total = 0;
+    for (const iovec& buffer : buffers) {
+        total += buffer.iov_len;
+    }
+    return total;
+}
+
+std::string mismatch(const std::string& path, const Entry& entry, const Hash256& found) {
+    return fmt::format("{} at offset {}: {} {} of {} bytes is damaged: its bytes hash to {}", path,
+                       entry.offset_bytes(), to_string(entry.entry_kind()), entry.id.hex(),
+                       entry.length.get(), found.hex());
+}
+
+}  // namespace
+
+std::string segment_file_name(uint32_t segment) {
+    return fmt::format("segments/{:07}.seg", segment);
+}
+
+std::optional<uint32_t> parse_segment_file_name(std::string_view name) {
+    constexpr std::string_view kSuffix = ".seg";
+    if (!name.ends_with(kSuffix)) {
+        return std::nullopt;
+    }
+    const std::string_view digits = name.substr(0, name.size() - kSuffix.size());
+    uint32_t number = 0;
+    const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), number);
+    if (error != std::errc() || end != digits.data() + digits.size() || number == 0 ||
+        number > PageAddress::kMaxSegment ||
+        segment_file_name(number) != fmt::format("segments/{}", name)) {
+        return std::nullopt;
+    }
+    return number;
+}
+
+Result<void> read_exact_into(io::File& file, std::span<const iovec> into, uint64_t offset_bytes,
+                             bool no_wait) {
+    std::vector<iovec> rest_storage;
+    std::span<const iovec> rest = into;
+    size_t left = total_bytes(into);
+    int interruptions = 0;
+    while (left > 0) {
+        const auto got = file.preadv(rest, offset_bytes, no_wait);
+        if (!got) {
+            if (got.error().code() == ErrorCode::kInterrupted &&
+                ++interruptions < kMaxInterruptionsInARow) {
+                continue;
+            }
+            return std::unexpected(got.error());
+        }
+        if (*got == 0) {
+            return fail(ErrorCode::kCorrupt,
+                        fmt::format("{} ends at offset {}, where {} more bytes were expected: the "
+                                    "file is truncated",
+                                    file.path(), offset_bytes, left));
+        }
+        interruptions = 0;
+        left -= *got;
+        offset_bytes += *got;
+        if (left == 0) {
+            break;
+        }
+        // A short read: go on behind it.
+        std::vector<iovec> shorter;
+        size_t skip = *got;
+        for (const iovec& part : rest) {
+            if (skip >= part.iov_len) {
+                skip -= part.iov_len;
+                continue;
+            }
+            shorter.push_back({static_cast<std::byte*>(part.iov_base) + skip, part.iov_len - skip});
+            skip = 0;
+        }
+        rest_storage = std::move(shorter);
+        rest = rest_storage;
+    }
+    return {};
+}
+
+// ---- Reading the log --------------------------------------------------------------------------
+
+Result<std::vector<std::byte>> read_batch_header(io::File& file, const StoreId& store_id,
+                                                 uint32_t segment, uint32_t page) {
+    const auto with_place = [&](const Error& error) {
+        return std::unexpected(
+            error.with_context(fmt::format("{} at offset {}", file.path(), page_offset(page))));
+    };
+    if (page >= kSegmentPages) {
+        return fail(ErrorCode::kCorrupt, fmt::format("{}: no batch starts at page {}, the end of a "
+                                                     "segment",
+                                                     file.path(), page));
+    }
+    std::vector<std::byte> bytes(kPageBytes);
+    STELLARIUM_TRY(io::read_exact(file, bytes, page_offset(page)));
+    const auto pages = peek_header_pages(bytes, store_id, segment, page);
+    if (!pages) {
+        return with_place(pages.error());
+    }
+    bytes.resize(*pages * kPageBytes);
+    if (*pages > 1) {
+        STELLARIUM_TRY(
+            io::read_exact(file, MutableBytes(bytes).subspan(kPageBytes), page_offset(page + 1)));
+    }
+    if (const auto batch = decode_batch(bytes, store_id, segment, page); !batch) {
+        return with_place(batch.error());
+    }
+    return bytes;
+}
+
+Result<ScannedBatch> read_batch(io::File& file, const StoreId& store_id, uint32_t segment,
+                                uint32_t page, DataCheck check) {
+    STELLARIUM_ASSIGN(const std::vector<std::byte> header_bytes,
+                      read_batch_header(file, store_id, segment, page));
+    STELLARIUM_ASSIGN(const BatchView view, decode_batch(header_bytes, store_id, segment, page));
+    ScannedBatch batch;
+    batch.page = page;
+    batch.end_page = view.end_page();
+    batch.sequence = view.header->sequence;
+    batch.previous_sequence = view.header->previous_sequence;
+    batch.durable_through = view.header->durable_through;
+    batch.duplicate_bytes = view.header->duplicate_bytes;
+    batch.records = view.header->records;
+    batch.entries.reserve(view.entries.size());
+
+    const uint32_t data_page = page + view.header->header_pages.get();
+    const bool has_packs = std::ranges::any_of(
+        view.entries, [](const Entry& entry) { return entry.entry_kind() == EntryKind::kPack; });
+    if (check == DataCheck::kNone && !has_packs) {
+        batch.entries.assign(view.entries.begin(), view.entries.end());
+        return batch;
+    }
+
+    std::vector<std::byte> data(size_t{batch.end_page - data_page} * kPageBytes);
+    if (auto read = io::read_exact(file, data, page_offset(data_page)); !read) {
+        if (read.error().code() != ErrorCode::kCorrupt) {
+            return std::unexpected(std::move(read).error());
+        }
+        // The file ends within the batch's data: none of it can be trusted.
+        batch.entries.assign(view.entries.begin(), view.entries.end());
+        batch.damage.push_back(read.error().message());
+        return batch;
+    }
+    const auto content_of = [&](const Entry& entry) {
+        return Bytes(data).subspan(entry.offset_bytes() - page_offset(data_page),
+                                   entry.length.get());
+    };
+    std::vector<Bytes> inputs;
+    for (const Entry& entry : view.entries) {
+        if (check == DataCheck::kHashes || entry.entry_kind() == EntryKind::kPack) {
+            inputs.push_back(content_of(entry));
+        }
+    }
+    std::vector<Hash256> hashes(inputs.size());
+    hash_many(inputs, hashes);
+    size_t next_hash = 0;
+    for (const Entry& entry : view.entries) {
+        batch.entries.push_back(entry);
+        const bool is_pack = entry.entry_kind() == EntryKind::kPack;
+        if (check == DataCheck::kNone && !is_pack) {
+            continue;
+        }
+        if (const Hash256& found = hashes[next_hash++]; found != entry.id) {
+            batch.damage.push_back(mismatch(file.path(), entry, found));
+        }
+        if (!is_pack) {
+            continue;
+        }
+        const auto pack = decode_pack(content_of(entry));
+        if (pack) {
+            append_member_entries(*pack, entry.page, batch.entries);
+        } else {
+            batch.damage.push_back(fmt::format("{} at offset {}: {}", file.path(),
+                                               entry.offset_bytes(), pack.error().message()));
+        }
+    }
+    return batch;
+}
+
+Result<std::optional<uint32_t>> find_batch(io::File& file, const StoreId& store_id,
+                                           uint32_t segment, uint32_t page) {
+    constexpr uint32_t kStepPages = 256;
+    STELLARIUM_ASSIGN(const uint64_t size, file.size_bytes());
+    const auto end = static_cast<uint32_t>(std::min<uint64_t>(size / kPageBytes, kSegmentPages));
+    std::vector<std::byte> bytes(kStepPages * kPageBytes);
+    for (uint32_t at = page; at < end; at += kStepPages) {
+        const uint32_t count = std::min(kStepPages, end - at);
+        const MutableBytes step = MutableBytes(bytes).first(count * kPageBytes);
+        STELLARIUM_TRY(io::read_exact(file, step, page_offset(at)));
+        for (uint32_t i = 0; i < count; ++i) {
+            if (!looks_like_batch(step.subspan(i * kPageBytes, kPageBytes), store_id, segment,
+                                  at + i)) {
+                continue;
+            }
+            const auto header = read_batch_header(file, store_id, segment, at + i);
+            if (header) {
+                return at + i;
+            }
+            if (header.error().code() != ErrorCode::kCorrupt) {
+                return std::unexpected(header.error());
+            }
+        }
+    }
+    return std::nullopt;
+}
+
+// ---- Segment ----------------------------------------------------------------------------------
+
+Segment::~Segment() {
+    delete[] verified_.load();
+}
+
+bool Segment::is_verified(uint32_t page, uint32_t pages) const {
+    const std::atomic<uint64_t>* words = verified_.load(std::memory_order_acquire);
+    if (words == nullptr) {
+        return false;
+    }
+    for (uint32_t at = page; at < page + pages; ++at) {
+        const uint64_t word = words[at / 64].load(std::memory_order_acquire);
+        if ((word >> (at % 64) & 1) == 0) {
+            return false;
+        }
+    }
+    return true;
+}
+
+void Segment::set_verified(uint32_t page, uint32_t pages) {
+    std::atomic<uint64_t>* words = verified_.load(std::memory_order_acquire);
+    if (words == nullptr) {
+        auto fresh = std::make_unique<std::atomic<uint64_t>[]>(kVerifiedWords);
+        if (verified_.compare_exchange_strong(words, fresh.get())) {
+            words = fresh.release();
+        }
+    }
+    for (uint32_t at = page; at < page + pages; ++at) {
+        words[at / 64].fetch_or(uint64_t{1} << (at % 64), std::memory_order_release);
+    }
+}
+
+// ---- SegmentSet -------------------------------------------------------------------------------
+
+SegmentSet::SegmentSet(io::FileSystem& files, std::string directory, const StoreId& store_id)
+    : files_(files),
+      directory_(std::move(directory)),
+      store_id_(store_id),
+      blocks_(std::make_unique<std::array<std::atomic<Block*>, kBlocks>>()) {}
+
+SegmentSet::~SegmentSet() {
+    for (const auto& block : *blocks_) {
+        delete block.load();
+    }
+}
+
+Segment* SegmentSet::find(uint32_t number) const {
+    const size_t block_number = number / kBlockSegments;
+    if (block_number >= kBlocks) {
+        return nullptr;
+    }
+    const Block* block = (*blocks_)[block_number].load(std::memory_order_acquire);
+    return block == nullptr
+               ? nullptr
+               : block->segments[number % kBlockSegments].load(std::memory_order_acquire);
+}
+
+Segment& SegmentSet::add(uint32_t number) {
+    assert(number > 0 && number <= PageAddress::kMaxSegment);
+    const std::lock_guard guard(list_mutex_);
+    std::atomic<Block*>& block_slot = (*blocks_)[number / kBlockSegments];
+    Block* block = block_slot.load(std::memory_order_acquire);
+    if (block == nullptr) {
+        block = std::make_unique<Block>().release();  // Owned by blocks_, see the destructor.
+        block_slot.store(block, std::memory_order_release);
+    }
+    assert(block->segments[number % kBlockSegments].load() == nullptr);
+    list_.push_back(std::make_unique<Segment>(number));
+    block->segments[number % kBlockSegments].store(list_.back().get(), std::memory_order_release);
+    return *list_.back();
+}
+
+std::vector<Segment*> SegmentSet::all() const {
+    std::vector<Segment*> out;
+    {
+        const std::lock_guard guard(list_mutex_);
+        out.reserve(list_.size());
+        for (const auto& segment : list_) {
+            out.push_back(segment.get());
+        }
+    }
+    std::ranges::sort(out, {}, &Segment::number);
+    return out;
+}
+
+size_t SegmentSet::count() const {
+    const std::lock_guard guard(list_mutex_);
+    return list_.size();
+}
+
+Segment& SegmentSet::add_in_memory(uint32_t number, std::shared_ptr<io::File> file,
+                                   std::vector<Entry> entries) {
+    Segment* segment = find(number);
+    if (segment == nullptr) {
+        segment = &add(number);
+    }
+    bool opened = false;
+    {
+        const std::unique_lock lock(segment->mutex_);
+        opened = segment->file_ == nullptr;
+        segment->file_ = std::move(file);
+        segment->header_checked_ = true;
+        segment->entries_ = std::move(entries);
+        segment->in_memory_ = true;
+    }
+    if (opened) {
+        note_file_opened(*segment);
+    }
+    return *segment;
+}
+
+void SegmentSet::append_entries(Segment& segment, std::span<const Entry> entries) {
+    const std::unique_lock lock(segment.mutex_);
+    assert(segment.in_memory_);
+    segment.entries_.insert(segment.entries_.end(), entries.begin(), entries.end());
+}
+
+std::vector<Entry> SegmentSet::entries_in_memory(const Segment& segment) const {
+    const std::shared_lock lock(segment.mutex_);
+    return segment.entries_;
+}
+
+bool SegmentSet::use_footer(Segment& segment, uint32_t footer_page) {
+    const auto open_file = file(segment);
+    {
+        const std::unique_lock lock(segment.mutex_);
+        if (!segment.in_memory_) {
+            return true;
+        }
+        if (!open_file || !map_footer(segment, **open_file)) {
+            return false;
+        }
+        const auto mapped_pages = segment.footer_->bytes().size() / kPageBytes;
+        const auto size = (*open_file)->size_bytes();
+        if (!size || *size / kPageBytes - mapped_pages != footer_page ||
+            segment.footer_entries_.size() != segment.entries_.size()) {
+            segment.footer_ = nullptr;
+            segment.footer_entries_ = {};
+            return false;
+        }
+        segment.in_memory_ = false;
+        segment.entries_ = {};
+    }
+    note_footer_mapped(segment);
+    return true;
+}
+
+std::string SegmentSet::path(uint32_t number) const {
+    return fmt::format("{}/{}", directory_, segment_file_name(number));
+}
+
+Result<std::shared_ptr<io::File>> SegmentSet::open_locked(Segment& segment) {
+    STELLARIUM_ASSIGN(std::shared_ptr<io::File> file,
+                      files_.open(path(segment.number()), io::OpenMode::kReadOnly));
+    if (!segment.header_checked_) {
+        std::vector<std::byte> page(kPageBytes);
+        Result<void> header = io::read_exact(*file, page, 0);
+        if (header) {
+            const auto decoded = decode_segment_header(page, store_id_, segment.number());
+            if (!decoded) {
+                header = std::unexpected(decoded.error().with_context(file->path()));
+            }
+        }
+        if (!header && header.error().code() != ErrorCode::kCorrupt) {
+            return std::unexpected(header.error());
+        }
+        segment.header_checked_ = true;
+        if (!header) {
+            // Batches name store, segment and page themselves, and data is checked by its ids.
+            warn(header.error().message() + "; reading its batches all the same");
+        }
+    }
+    segment.file_ = file;
+    return file;
+}
+
+Result<std::shared_ptr<io::File>> SegmentSet::file(Segment& segment) {
+    {
+        const std::shared_lock lock(segment.mutex_);
+        if (segment.file_ != nullptr) {
+            segment.file_used_.store(true, std::memory_order_relaxed);
+            return segment.file_;
+        }
+    }
+    std::shared_ptr<io::File> file;
+    {
+        const std::unique_lock lock(segment.mutex_);
+        if (segment.file_ != nullptr) {
+            return segment.file_;
+        }
+        STELLARIUM_ASSIGN(file, open_locked(segment));
+    }
+    note_file_opened(segment);
+    return file;
+}
+
+void SegmentSet::note_file_opened(Segment& segment) {
+    const std::lock_guard guard(cache_mutex_);
+    open_files_.push_back(&segment);
+    // Second chance: what was used since the last look goes to the end of the queue once.
+    for (size_t looks = 2 * open_files_.size();
+         open_files_.size() > kMaxOpenSegmentFiles && looks > 0; --looks) {
+        Segment* oldest = open_files_.front();
+        open_files_.pop_front();
+        if (oldest == &segment || oldest->file_used_.exchange(false, std::memory_order_relaxed)) {
+            open_files_.push_back(oldest);
+            continue;
+        }
+        const std::unique_lock lock(oldest->mutex_);
+        oldest->file_ = nullptr;
+    }
+}
+
+void SegmentSet::note_footer_mapped(Segment& segment) {
+    const std::lock_guard guard(cache_mutex_);
+    mapped_footers_.push_back(&segment);
+    for (size_t looks = 2 * mapped_footers_.size();
+         mapped_footers_.size() > kMaxMappedFooters && looks > 0; --looks) {
+        Segment* oldest = mapped_footers_.front();
+        mapped_footers_.pop_front();
+        if (oldest == &segment || oldest->footer_used_.exchange(false, std::memory_order_relaxed)) {
+            mapped_footers_.push_back(oldest);
+            continue;
+        }
+        const std::unique_lock lock(oldest->mutex_);
+        oldest->footer_ = nullptr;
+        oldest->footer_entries_ = {};
+    }
+}
+
+void SegmentSet::warn(std::string sentence) {
+    const std::lock_guard guard(warnings_mutex_);
+    warnings_.push_back(std::move(sentence));
+}
+
+std::vector<std::string> SegmentSet::take_warnings() {
+    const std::lock_guard guard(warnings_mutex_);
+    return std::exchange(warnings_, {});
+}
+
+Result<void> SegmentSet::map_footer(Segment& segment, io::File& file) {
+    STELLARIUM_ASSIGN(const uint64_t size, file.size_bytes());
+    const auto with_path = [&](const Error& error) {
+        return std::unexpected(error.with_context(file.path()));
+    };
+    if (size < 2 * kPageBytes || size % kPageBytes != 0) {
+        return fail(
+            ErrorCode::kCorrupt,
+            fmt::format("{}: {} bytes are not whole pages with a footer", file.path(), size));
+    }
+    const uint64_t pages = size / kPageBytes;
+    std::vector<std::byte> last(kPageBytes);
+    STELLARIUM_TRY(io::read_exact(file, last, size - kPageBytes));
+    const auto trailer = decode_footer_trailer(last, store_id_, segment.number(), pages);
+    if (!trailer) {
+        return with_path(trailer.error());
+    }
+    const uint64_t start = page_offset(trailer->footer_page);
+    STELLARIUM_ASSIGN(auto mapped, file.map(start, size - start));
+    const auto footer = decode_footer(mapped->bytes(), store_id_, segment.number(), pages);
+    if (!footer) {
+        return with_path(footer.error());
+    }
+    segment.footer_ = std::move(mapped);
+    segment.footer_entries_ = footer->entries;
+    return {};
+}
+
+Result<void> SegmentSet::load_entries(Segment& segment, std::unique_lock<std::shared_mutex>& lock) {
+    assert(lock.owns_lock());
+    std::shared_ptr<io::File> file = segment.file_;
+    bool opened = false;
+    if (file == nullptr) {
+        STELLARIUM_ASSIGN(file, open_locked(segment));
+        opened = true;
+    }
+    const auto mapped = map_footer(segment, *file);
+    if (!mapped && mapped.error().code() != ErrorCode::kCorrupt) {
+        return mapped;
+    }
+    if (!mapped) {
+        // The footer is derived: the same entries stand in the batches.
+        std::vector<Entry> entries;
+        size_t gaps = 0;
+        uint32_t page = 1;
+        while (true) {
+            auto batch = read_batch(*file, store_id_, segment.number(), page, DataCheck::kNone);
+            if (batch) {
+                entries.insert(entries.end(), batch->entries.begin(), batch->entries.end());
+                page = batch->end_page;
+                continue;
+            }
+            if (batch.error().code() != ErrorCode::kCorrupt) {
+                return std::unexpected(batch.error());
+            }
+            STELLARIUM_ASSIGN(const auto next,
+                              find_batch(*file, store_id_, segment.number(), page));
+            if (!next) {
+                break;
+            }
+            ++gaps;
+            segment.metadata_damage_ = batch.error().message();
+            page = *next;
+        }
+        if (entries.empty()) {
+            segment.metadata_damage_ = mapped.error().message();
+        }
+        warn(fmt::format("{}; {} entries were read from the segment's batches instead{}",
+                         mapped.error().message(), entries.size(),
+                         gaps == 0 ? std::string()
+                                   : fmt::format(", but {} stretches of it are unreadable: {}",
+                                                 gaps, segment.metadata_damage_)));
+        segment.entries_ = std::move(entries);
+        segment.in_memory_ = true;
+    }
+    lock.unlock();
+    if (opened) {
+        note_file_opened(segment);
+    }
+    if (mapped) {
+        note_footer_mapped(segment);
+    }
+    return {};
+}
+
+template <typename Visit>
+Result<void> SegmentSet::with_entries(Segment& segment, Visit&& visit) {
+    while (true) {
+        {
+            const std::shared_lock lock(segment.mutex_);
+            if (segment.in_memory_) {
+                visit(std::span<const Entry>(segment.entries_));
+                return {};
+            }
+            if (segment.footer_ != nullptr) {
+                segment.footer_used_.store(true, std::memory_order_relaxed);
+                visit(segment.footer_entries_);
+                return {};
+            }
+        }
+        std::unique_lock lock(segment.mutex_);
+        if (!segment.in_memory_ && segment.footer_ == nullptr) {
+            STELLARIUM_TRY(load_entries(segment, lock));
+        }
+    }
+}
+
+Result<std::optional<Entry>> SegmentSet::entry_at(Segment& segment, uint32_t page,
+                                                  const ChunkId& id) {
+    std::optional<Entry> found;
+    STELLARIUM_TRY(with_entries(segment, [&](std::span<const Entry> entries) {
+        for (auto it = first_at(entries, page); it != entries.end() && it->page.get() == page;
+             ++it) {
+            if (it->id == id && it->entry_kind() != EntryKind::kPack) {
+                found = *it;
+                return;
+            }
+        }
+    }));
+    return found;
+}
+
+Result<void> SegmentSet::visit_entries(Segment& segment,
+                                       const std::function<void(std::span<const Entry>)>& visit) {
+    return with_entries(segment, visit);
+}
+
+std::string SegmentSet::metadata_damage(Segment& segment) {
+    const std::shared_lock lock(segment.mutex_);
+    return segment.metadata_damage_;
+}
+
+Result<void> SegmentSet::read_pages(Segment& segment, uint32_t page, std::span<const iovec> into,
+                                    ReadCheck check, bool no_wait) {
+    const size_t bytes = total_bytes(into);
+    assert(bytes % kPageBytes == 0);
+    const size_t pages = bytes / kPageBytes;
+    if (page + pages > kSegmentPages) {
+        return fail(ErrorCode::kInvalidArgument,
+                    fmt::format("{}: {} pages from page {} on reach past a segment's end",
+                                path(segment.number()), pages, page));
+    }
+    if (check == ReadCheck::kFirst && segment.is_verified(page, static_cast<uint32_t>(pages))) {
+        STELLARIUM_ASSIGN(const auto open_file, file(segment));
+        return read_exact_into(*open_file, into, page_offset(page), no_wait);
+    }
+    if (no_wait) {
+        return fail(ErrorCode::kWouldBlock, fmt::format("{}: pages from {} on are not checked yet",
+                                                        path(segment.number()), page));
+    }
+    return read_checked(segment, page, into);
+}
+
+Result<void> SegmentSet::read_checked(Segment& segment, uint32_t page,
+                                      std::span<const iovec> into) {
+    const auto end = page + static_cast<uint32_t>(total_bytes(into) / kPageBytes);
+    STELLARIUM_ASSIGN(const auto open_file, file(segment));
+    std::vector<std::byte> buffer;
+    std::vector<Entry> chunks;
+    std::vector<Bytes> inputs;
+    std::vector<Hash256> hashes;
+    for (uint32_t at = page; at < end;) {
+        // A run of chunks without gaps, which begins and ends at chunk borders.
+        chunks.clear();
+        STELLARIUM_TRY(with_entries(segment, [&](std::span<const Entry> entries) {
+            uint32_t next = at;
+            while (next < end &&
+                   (chunks.empty() || next - chunks.front().page.get() < kMaxCheckedReadPages)) {
+                const Entry* entry = entry_covering(entries, next);
+                if (entry == nullptr) {
+                    break;
+                }
+                chunks.push_back(*entry);
+                next = entry->page.get() + entry->pages();
+            }
+        }));
+        if (chunks.empty()) {
+            const std::string damage = metadata_damage(segment);
+            return fail(damage.empty() ? ErrorCode::kInvalidArgument : ErrorCode::kCorrupt,
+                        fmt::format("{} at offset {}: no chunk lies here{}{}", open_file->path(),
+                                    page_offset(at), damage.empty() ? "" : "; ", damage));
+        }
+        const uint32_t run_start = chunks.front().page;
+        const uint32_t run_end = chunks.back().page.get() + chunks.back().pages();
+        // Checked in memory of ours: a guest could change its own buffers while they are hashed,
+        // and have bad bytes pass as good for everybody.
+        buffer.resize(size_t{run_end - run_start} * kPageBytes);
+        if (auto read = io::read_exact(*open_file, buffer, page_offset(run_start)); !read) {
+            return std::unexpected(
+                read.error().with_context(fmt::format("chunk {}", chunks.front().id.hex())));
+        }
+        inputs.clear();
+        for (const Entry& chunk : chunks) {
+            inputs.push_back(
+                Bytes(buffer).subspan(page_offset(chunk.page.get() - run_start), chunk.length));
+        }
+        hashes.resize(inputs.size());
+        hash_many(inputs, hashes);
+        for (size_t i = 0; i < chunks.size(); ++i) {
+            if (hashes[i] != chunks[i].id) {
+                return fail(ErrorCode::kCorrupt, mismatch(open_file->path(), chunks[i], hashes[i]));
+            }
+            segment.set_verified(chunks[i].page, chunks[i].pages());
+        }
+        chunks_verified_.fetch_add(chunks.size(), std::memory_order_relaxed);
+        const uint32_t copy_end = std::min(run_end, end);
+        scatter(Bytes(buffer).subspan(page_offset(at - run_start), page_offset(copy_end - at)),
+                into, page_offset(at - page));
+        at = copy_end;
+    }
+    return {};
+}
+
+Result<void> SegmentSet::read_object(Segment& segment, const Entry& entry,
+                                     std::vector<std::byte>& content, std::vector<std::byte>& aux) {
+    // Enough for the aux bytes of most objects, so that one read gets all.
+    constexpr size_t kAuxGuessBytes = 512;
+    STELLARIUM_ASSIGN(const auto open_file, file(segment));
+    const uint64_t offset = entry.offset_bytes();
+    const size_t length = entry.length;
+    content.clear();
+    aux.clear();
+    const auto check = [&](Bytes bytes) -> Result<void> {
+        if (const Hash256 found = hash(bytes); found != entry.id) {
+            return fail(ErrorCode::kCorrupt, mismatch(open_file->path(), entry, found));
+        }
+        chunks_verified_.fetch_add(1, std::memory_order_relaxed);
+        return {};
+    };
+    if (entry.entry_kind() != EntryKind::kMember) {
+        content.resize(length);
+        STELLARIUM_TRY(io::read_exact(*open_file, content, offset));
+        return check(content);
+    }
+
+    // A batch's data ends at a page's end, so reading up to the end of the last page is safe.
+    const size_t least = sizeof(PackMember) + length;
+    const size_t to_page_end =
+        (entry.offset.get() + least + kPageBytes - 1) / kPageBytes * kPageBytes -
+        entry.offset.get();
+    std::vector<std::byte> stored(std::min(to_page_end, least + kAuxGuessBytes));
+    STELLARIUM_TRY(io::read_exact(*open_file, stored, offset));
+    STELLARIUM_TRY(check(Bytes(stored).subspan(sizeof(PackMember), length)));
+    content.assign(stored.begin() + sizeof(PackMember),
+                   stored.begin() + static_cast<std::ptrdiff_t>(least));
+    const auto prefix = load<PackMember>(stored);
+    const size_t aux_bytes = prefix.aux_bytes;
+    if (prefix.content_bytes != length || length + aux_bytes > kMaxObjectBytes) {
+        return {};  // The content is good; its prefix is not, so there are no hints.
+    }
+    if (stored.size() < least + aux_bytes) {
+        const size_t have = stored.size();
+        stored.resize(least + aux_bytes);
+        auto rest = io::read_exact(*open_file, MutableBytes(stored).subspan(have), offset + have);
+        if (!rest && rest.error().code() == ErrorCode::kCorrupt) {
+            return {};
+        }
+        STELLARIUM_TRY(std::move(rest));
+    }
+    const Bytes hints = Bytes(stored).subspan(least, aux_bytes);
+    if (static_cast<uint32_t>(checksum64(hints)) == prefix.aux_checksum) {
+        aux.assign(hints.begin(), hints.end());
+    }
+    return {};
+}
+
+}  // namespace stellarium::nebula

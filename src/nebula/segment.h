@@ -1,0 +1,211 @@
+// The segment files: their batches, their entries, their bytes.
+//
+// SegmentSet knows every segment file of a store. It opens files and maps footers when they are
+// first needed, keeps a bounded number of each, and answers three questions: which entry lies at a
+// page, what are the bytes of these pages, and have they been checked against their ids since the
+// store was opened. BatchReader functions below it parse the log.
+//
+// Thread rule: SegmentSet and Segment may be used from any thread at the same time, except that a
+// segment grows from one thread at a time (the store's append lock).
+// Ownership: a Segment lives as long as its SegmentSet.
+// Errors: kCorrupt names file, offset, id and reason; kIo is the system's; kWouldBlock only from
+// no-wait reads.
+//
+//     Segment* segment = segments.find(address.segment());
+//     auto entry = segments.entry_at(*segment, address.page(), id);
+//     STELLARIUM_TRY(segments.read_verified(*segment, address.page(), into, ReadCheck::kFirst,
+//     false));
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <shared_mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include <sys/uio.h>
+
+#include "base/error.h"
+#include "io/io.h"
+#include "nebula/format.h"
+#include "nebula/types.h"
+
+namespace stellarium::nebula {
+
+/// Open segment files kept for reading; the process has 20,000 descriptors in all.
+inline constexpr size_t kMaxOpenSegmentFiles = 4096;
+/// Footers kept mapped; a process has 65,530 mappings in all.
+inline constexpr size_t kMaxMappedFooters = 16384;
+/// One read for checking covers at most this much, and the chunks that it cuts through.
+inline constexpr uint32_t kMaxCheckedReadPages = 512;
+
+/// "segments/0000012.seg", below the store's directory.
+std::string segment_file_name(uint32_t segment);
+/// The inverse for the part behind the slash; nullopt for other names.
+std::optional<uint32_t> parse_segment_file_name(std::string_view name);
+
+/// read_exact for scattered buffers. With no_wait: kWouldBlock when not all is in memory.
+Result<void> read_exact_into(io::File& file, std::span<const iovec> into, uint64_t offset_bytes,
+                             bool no_wait);
+
+// ---- Reading the log --------------------------------------------------------------------------
+
+/// A batch as found on disk.
+struct ScannedBatch {
+    uint32_t page = 0;
+    uint32_t end_page = 0;
+    uint64_t sequence = 0;
+    uint64_t previous_sequence = 0;
+    uint64_t durable_through = 0;
+    uint64_t duplicate_bytes = 0;
+    uint32_t records = 0;
+    std::vector<Entry> entries;       ///< With the members of packs.
+    std::vector<std::string> damage;  ///< One sentence for each chunk that does not match its id.
+};
+
+enum class DataCheck : uint8_t {
+    kNone,    ///< Headers only, and packs for their members.
+    kHashes,  ///< Everything against its id.
+};
+
+/// Reads the batch at `page`. kCorrupt: there is none, with the reason; damaged data is no error
+/// but listed. Other codes: the file could not be read, which says nothing about the batch.
+Result<ScannedBatch> read_batch(io::File& file, const StoreId& store_id, uint32_t segment,
+                                uint32_t page, DataCheck check);
+/// Its header pages, checked; for replay and dumps.
+Result<std::vector<std::byte>> read_batch_header(io::File& file, const StoreId& store_id,
+                                                 uint32_t segment, uint32_t page);
+/// The first page at or after `page` where a valid batch header stands.
+Result<std::optional<uint32_t>> find_batch(io::File& file, const StoreId& store_id,
+                                           uint32_t segment, uint32_t page);
+
+// ---- Segments ---------------------------------------------------------------------------------
+
+class SegmentSet;
+
+/// One segment file. Its entries are in memory while it grows (or when its footer is unusable), and
+/// in its mapped footer afterwards.
+class Segment {
+  public:
+    explicit Segment(uint32_t number) : number_(number) {}
+    ~Segment();
+    Segment(const Segment&) = delete;
+    Segment& operator=(const Segment&) = delete;
+
+    uint32_t number() const { return number_; }
+
+    /// Set whether all pages of [page, page + pages) were checked.
+    bool is_verified(uint32_t page, uint32_t pages) const;
+    void set_verified(uint32_t page, uint32_t pages);
+
+  private:
+    friend class SegmentSet;
+    static constexpr size_t kVerifiedWords = kSegmentPages / 64;
+
+    const uint32_t number_;
+    mutable std::shared_mutex mutex_;  ///< Guards all below up to verified_.
+    std::shared_ptr<io::File> file_;
+    bool header_checked_ = false;
+    bool in_memory_ = false;  ///< entries_ holds them; else footer_ does, or nothing yet.
+    std::vector<Entry> entries_;
+    std::unique_ptr<io::MappedBytes> footer_;
+    std::span<const Entry> footer_entries_;
+    std::string metadata_damage_;  ///< Why some entries are missing; empty when none are known to.
+
+    std::atomic<bool> file_used_ = false;  ///< Since the cache last looked.
+    std::atomic<bool> footer_used_ = false;
+    std::atomic<std::atomic<uint64_t>*> verified_ = nullptr;
+};
+
+/// When bytes are checked against their ids.
+enum class ReadCheck : uint8_t {
+    kFirst,  ///< When they have not been since open.
+    kAlways,
+};
+
+class SegmentSet {
+  public:
+    SegmentSet(io::FileSystem& files, std::string directory, const StoreId& store_id);
+    ~SegmentSet();
+
+    /// Null when there is no such segment. Never blocks.
+    Segment* find(uint32_t number) const;
+    /// Makes a segment known whose file exists; its entries are loaded when needed.
+    Segment& add(uint32_t number);
+    /// All known segments, ascending.
+    std::vector<Segment*> all() const;
+    size_t count() const;
+
+    /// Makes a segment known whose entries the caller appends (or knows).
+    Segment& add_in_memory(uint32_t number, std::shared_ptr<io::File> file,
+                           std::vector<Entry> entries);
+    void append_entries(Segment& segment, std::span<const Entry> entries);
+    /// A copy of all entries in memory, for writing a footer.
+    std::vector<Entry> entries_in_memory(const Segment& segment) const;
+    /// Forgets the entries in memory and maps the footer instead. False when there is no valid
+    /// footer that starts at `footer_page`; the entries stay in memory then.
+    bool use_footer(Segment& segment, uint32_t footer_page);
+
+    /// The file, opened for reading when it is not open yet.
+    Result<std::shared_ptr<io::File>> file(Segment& segment);
+    std::string path(uint32_t number) const;
+
+    /// The entry of `id` that starts at `page` (packs themselves excluded); nullopt: none.
+    Result<std::optional<Entry>> entry_at(Segment& segment, uint32_t page, const ChunkId& id);
+    /// Calls `visit` for the segment's entries, which are valid during the call only.
+    Result<void> visit_entries(Segment& segment,
+                               const std::function<void(std::span<const Entry>)>& visit);
+    /// Why entries of this segment may be missing; empty when none are known to be.
+    std::string metadata_damage(Segment& segment);
+
+    /// Fills `into` with whole pages from `page` on, all belonging to page-addressable entries.
+    /// No byte of a chunk is served before the chunk was checked.
+    Result<void> read_pages(Segment& segment, uint32_t page, std::span<const iovec> into,
+                            ReadCheck check, bool no_wait);
+    /// Reads and checks one entry's content, and the aux bytes of a pack member.
+    Result<void> read_object(Segment& segment, const Entry& entry, std::vector<std::byte>& content,
+                             std::vector<std::byte>& aux);
+
+    /// Sentences about damaged headers and footers that were worked around.
+    std::vector<std::string> take_warnings();
+    uint64_t chunks_verified() const { return chunks_verified_.load(std::memory_order_relaxed); }
+
+  private:
+    static constexpr size_t kBlockSegments = 4096;
+    static constexpr size_t kBlocks = (size_t{PageAddress::kMaxSegment} + 1) / kBlockSegments + 1;
+    struct Block {
+        std::array<std::atomic<Segment*>, kBlockSegments> segments{};
+    };
+
+    /// Loads the segment's entries; `lock` is held exclusively on its mutex.
+    Result<void> load_entries(Segment& segment, std::unique_lock<std::shared_mutex>& lock);
+    Result<void> map_footer(Segment& segment, io::File& file);
+    Result<std::shared_ptr<io::File>> open_locked(Segment& segment);
+    template <typename Visit>
+    Result<void> with_entries(Segment& segment, Visit&& visit);
+    Result<void> read_checked(Segment& segment, uint32_t page, std::span<const iovec> into);
+    void note_file_opened(Segment& segment);
+    void note_footer_mapped(Segment& segment);
+    void warn(std::string sentence);
+
+    io::FileSystem& files_;
+    const std::string directory_;
+    const StoreId store_id_;
+    std::unique_ptr<std::array<std::atomic<Block*>, kBlocks>> blocks_;
+    mutable std::mutex list_mutex_;  ///< Guards adding, and list_.
+    std::vector<std::unique_ptr<Segment>> list_;
+    std::mutex cache_mutex_;  ///< Guards the two queues. Taken without any segment's lock held.
+    std::deque<Segment*> open_files_;
+    std::deque<Segment*> mapped_footers_;
+    std::mutex warnings_mutex_;
+    std::vector<std::string> warnings_;
+    std::atomic<uint64_t> chunks_verified_ = 0;
+};
+
+}  // namespace stellarium::nebula
