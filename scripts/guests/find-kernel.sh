@@ -10,12 +10,13 @@ set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin
 cache=${STELLARIUM_CACHE:-$HOME/.cache/stellarium}
 
-newest() { sort -V | tail -n 1; }
+# The newest of the version-named folders in $1; nothing where there is none.
+newest_in() { find "$1" -mindepth 1 -maxdepth 1 -type d -printf '%f\n' 2>/dev/null | sort -V | tail -n 1 || true; }
 
 case ${1:-} in
 uml)
     kernel=$(command -v linux.uml || command -v linux || true)
-    version=$(find /usr/lib/uml/modules -mindepth 1 -maxdepth 1 -type d -printf '%f\n' 2>/dev/null | newest)
+    version=$(newest_in /usr/lib/uml/modules)
     if [[ -z $kernel || -z $version ]]; then
         echo "$0: install the package user-mode-linux" >&2
         exit 1
@@ -34,7 +35,7 @@ qemu)
     mkdir -p "$cache/kernel"
     exec 9>"$cache/kernel/lock"
     flock 9
-    version=$(find "$cache/kernel/lib/modules" -mindepth 1 -maxdepth 1 -type d -printf '%f\n' 2>/dev/null | newest)
+    version=$(newest_in "$cache/kernel/lib/modules")
     if [[ -z $version ]]; then
         package=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null \
             | awk '$1 == "Depends:" && $2 ~ /^linux-image-.*-cloud-amd64$/ {print $2; exit}')
@@ -47,7 +48,7 @@ qemu)
         # apt drops to a user that may not read a private cache folder; that warning is harmless.
         (cd "$work" && apt-get -q -o APT::Sandbox::User=root download "$package" >/dev/null)
         dpkg-deb -x "$work"/*.deb "$work/root"
-        version=$(find "$work/root/lib/modules" -mindepth 1 -maxdepth 1 -type d -printf '%f\n' | newest)
+        version=$(newest_in "$work/root/lib/modules")
         depmod -b "$work/root" "$version"
         mv "$work/root/boot/vmlinuz-$version" "$cache/kernel/"
         mv "$work/root/lib" "$cache/kernel/lib"
