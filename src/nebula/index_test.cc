@@ -760,7 +760,8 @@ TEST_F(IndexFiles, GoldenCheckpoint) {
     std::vector<std::byte> content(target->size_bytes().value());
     ASSERT_TRUE(io::read_exact(*target, content, 0).has_value());
     EXPECT_EQ(content.size(), 4096U + 4096 * 32 + 64);
-    EXPECT_EQ(hash(content).hex(), "");
+    EXPECT_EQ(hash(content).hex(),
+              "b849d27c1be06aec0ab9735521fbbc1b2d8ef486a7ba1c4ae256d442f46f4c18");
 }
 
 }  // namespace
