@@ -129,7 +129,11 @@ struct SimulatedFileSystem::State {
         Admission admission;
         if (mutating) {
             ++counts.mutating;
-            if (mutations_until_halt > 0 && --mutations_until_halt == 0) {
+            const bool halts = mutations_until_halt == 1;
+            if (mutations_until_halt > 0) {
+                --mutations_until_halt;
+            }
+            if (halts) {
                 halted = true;
                 if (halt_side == HaltSide::kBefore ||
                     (halt_side == HaltSide::kInFlight && is_sync(kind))) {

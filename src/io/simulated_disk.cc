@@ -191,6 +191,7 @@ class FileCrash {
 
     void keep_shuffled() {
         std::vector<const Effect*> order;
+        order.reserve(effects_.size());
         for (const Effect& effect : effects_) {
             order.push_back(&effect);
         }
@@ -509,7 +510,7 @@ std::optional<std::pair<uint64_t, uint64_t>> SharedMemory::next_data(uint64_t of
 }
 
 std::shared_ptr<SharedMemory> SharedMemory::copy(uint64_t size_bytes) const {
-    constexpr uint64_t kStepBytes = 256 * 1024;
+    constexpr uint64_t kStepBytes = uint64_t{256} << 10;
     auto made = std::make_shared<SharedMemory>();
     made->resize(size_bytes);
     std::vector<std::byte> step;

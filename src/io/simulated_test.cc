@@ -19,6 +19,7 @@ namespace {
 
 constexpr uint64_t kSeeds = 400;
 constexpr size_t kSectorBytes = 512;
+constexpr size_t kPageBytes = 4'096;
 
 using FileSystemPtr = std::unique_ptr<SimulatedFileSystem>;
 
@@ -36,6 +37,13 @@ std::optional<std::vector<std::byte>> bytes_at(SimulatedFileSystem& files,
         return std::nullopt;
     }
     return contents(*open_file(files, path, OpenMode::kReadOnly));
+}
+
+/// The same for a name that must be there.
+std::vector<std::byte> present_bytes(SimulatedFileSystem& files, const std::string& path) {
+    auto bytes = bytes_at(files, path);
+    EXPECT_TRUE(bytes) << path << " is gone";
+    return std::move(bytes).value_or(std::vector<std::byte>());
 }
 
 /// A durable file with these bytes.
@@ -80,7 +88,7 @@ TEST_F(SimulatedTest, UnsyncedOverwritesAreTornInSectorsAndMayBeScrambled) {
     int all_new = 0;
     int mixed = 0;
     for (uint64_t seed = 0; seed < kSeeds; ++seed) {
-        const auto after = bytes_at(*files_.crashed_copy(seed), "/a").value();
+        const auto after = present_bytes(*files_.crashed_copy(seed), "/a");
         ASSERT_EQ(after.size(), before.size()) << "an overwrite changes no size; seed " << seed;
         size_t olds = 0;
         size_t news = 0;
@@ -122,7 +130,7 @@ TEST_F(SimulatedTest, OnlyUnsyncedSectorsAreEverTouched) {
     STELLARIUM_ASSERT_OK(write_all(*file, pattern(2 * kSectorBytes + 10, 2), 10 * kSectorBytes));
     bool neighbour_in_sector_damaged = false;
     for (uint64_t seed = 0; seed < kSeeds; ++seed) {
-        const auto after = bytes_at(*files_.crashed_copy(seed), "/a").value();
+        const auto after = present_bytes(*files_.crashed_copy(seed), "/a");
         ASSERT_EQ(std::memcmp(after.data(), before.data(), 10 * kSectorBytes), 0) << seed;
         ASSERT_EQ(std::memcmp(after.data() + 13 * kSectorBytes, before.data() + 13 * kSectorBytes,
                               51 * kSectorBytes),
@@ -144,7 +152,7 @@ TEST_F(SimulatedTest, UnsyncedWritesAreReordered) {
     }
     std::set<unsigned> outcomes;  // Bit i: the write of sector i survived.
     for (uint64_t seed = 0; seed < kSeeds; ++seed) {
-        const auto after = bytes_at(*files_.crashed_copy(seed), "/a").value();
+        const auto after = present_bytes(*files_.crashed_copy(seed), "/a");
         unsigned outcome = 0;
         for (size_t i = 0; i < 3; ++i) {
             outcome |= (after[i * kSectorBytes + 100] == static_cast<std::byte>(i + 1) ? 1U : 0U)
@@ -162,7 +170,7 @@ TEST_F(SimulatedTest, AnOlderVersionOfASectorMaySurviveANewerOne) {
     STELLARIUM_ASSERT_OK(write_all(*file, filled(kSectorBytes, 2), 0));
     std::map<std::byte, int> seen;
     for (uint64_t seed = 0; seed < kSeeds; ++seed) {
-        ++seen[bytes_at(*files_.crashed_copy(seed), "/a").value()[300]];
+        ++seen[present_bytes(*files_.crashed_copy(seed), "/a")[300]];
     }
     EXPECT_GT(seen[std::byte{0}], 0);
     EXPECT_GT(seen[std::byte{1}], 0);
@@ -177,7 +185,7 @@ TEST_F(SimulatedTest, SizesOfUnsyncedAppendsVaryAndNeedNotAgreeWithTheData) {
     std::set<size_t> sizes;
     bool zeros_in_grown_part = false;
     for (uint64_t seed = 0; seed < kSeeds; ++seed) {
-        const auto after = bytes_at(*files_.crashed_copy(seed), "/a").value();
+        const auto after = present_bytes(*files_.crashed_copy(seed), "/a");
         ASSERT_GE(after.size(), 1'000U) << "synced bytes stay within the size; seed " << seed;
         ASSERT_LE(after.size(), 10'000U) << seed;
         sizes.insert(after.size());
@@ -198,10 +206,10 @@ TEST_F(SimulatedTest, UnsyncedTruncationsAndHolesHappenOrNot) {
     std::set<std::pair<bool, bool>> holes;
     for (uint64_t seed = 0; seed < kSeeds; ++seed) {
         const auto machine = files_.crashed_copy(seed);
-        const auto cut = bytes_at(*machine, "/cut").value();
+        const auto cut = present_bytes(*machine, "/cut");
         sizes.insert(cut.size());
         ASSERT_EQ(std::memcmp(cut.data(), pattern(20'000, 1).data(), 6'000), 0) << seed;
-        const auto hole = bytes_at(*machine, "/hole").value();
+        const auto hole = present_bytes(*machine, "/hole");
         ASSERT_EQ(hole.size(), 20'000U) << seed;
         holes.emplace(all_zero(Bytes(hole).subspan(4'096, 4'096)),
                       all_zero(Bytes(hole).subspan(8'192, 4'096)));
@@ -218,7 +226,7 @@ TEST_F(SimulatedTest, CutAndRegrownPartsNeverShowOldBytesOnceSynced) {
     STELLARIUM_ASSERT_OK(file->truncate(20'000));
     STELLARIUM_ASSERT_OK(file->datasync());
     for (uint64_t seed = 0; seed < 50; ++seed) {
-        const auto after = bytes_at(*files_.crashed_copy(seed), "/a").value();
+        const auto after = present_bytes(*files_.crashed_copy(seed), "/a");
         ASSERT_EQ(after.size(), 20'000U);
         ASSERT_TRUE(all_zero(Bytes(after).subspan(100))) << seed;
     }
@@ -230,10 +238,10 @@ TEST_F(SimulatedTest, TheSameSeedGivesTheSameOutcomeAndOthersDiffer) {
     STELLARIUM_ASSERT_OK(write_all(*file, pattern(60'000, 2), 0));
     std::set<std::vector<std::byte>> outcomes;
     for (uint64_t seed = 0; seed < 50; ++seed) {
-        const auto copy = bytes_at(*files_.crashed_copy(seed), "/a").value();
+        const auto copy = present_bytes(*files_.crashed_copy(seed), "/a");
         const FileSystemPtr fork = files_.fork();
         fork->crash(seed);
-        ASSERT_EQ(bytes_at(*fork, "/a").value(), copy) << "seed " << seed;
+        ASSERT_EQ(present_bytes(*fork, "/a"), copy) << "seed " << seed;
         outcomes.insert(copy);
     }
     EXPECT_GT(outcomes.size(), 10U);
@@ -295,13 +303,12 @@ TEST_F(SimulatedTest, RenameShowsTheOldFileOrTheNewOne) {
     int temporary_seen = 0;
     for (uint64_t seed = 0; seed < kSeeds; ++seed) {
         const FileSystemPtr machine = files_.crashed_copy(seed);
-        const auto bytes = bytes_at(*machine, "/current");
-        ASSERT_TRUE(bytes) << "seed " << seed;
-        if (*bytes == pattern(100, 1)) {
+        const auto bytes = present_bytes(*machine, "/current");
+        if (bytes == pattern(100, 1)) {
             ++old_seen;
             temporary_seen += machine->exists("/next").value() ? 1 : 0;
         } else {
-            ASSERT_EQ(*bytes, pattern(100, 2)) << seed;
+            ASSERT_EQ(bytes, pattern(100, 2)) << seed;
             ASSERT_FALSE(machine->exists("/next").value()) << seed;
             ++new_seen;
         }
@@ -318,7 +325,7 @@ TEST_F(SimulatedTest, RenameOfUnsyncedDataMayShowAnEmptyFile) {
     STELLARIUM_ASSERT_OK(files_.sync_directory("/"));
     int empty_seen = 0;
     for (uint64_t seed = 0; seed < kSeeds; ++seed) {
-        empty_seen += bytes_at(*files_.crashed_copy(seed), "/current").value().empty() ? 1 : 0;
+        empty_seen += present_bytes(*files_.crashed_copy(seed), "/current").empty() ? 1 : 0;
     }
     EXPECT_GT(empty_seen, 0) << "the classic mistake must be caught by the twin";
 }
@@ -612,18 +619,18 @@ TEST_F(SimulatedTest, ColdReadsWouldBlock) {
 }
 
 TEST_F(SimulatedTest, SpaceRunsOutAndComesBack) {
-    files_.set_space_limit(10 * 4'096);
+    files_.set_space_limit(10 * kPageBytes);
     const auto file = open_file(files_, "/a");
     EXPECT_EQ(files_.space("/").value().total_bytes, 40'960U);
-    STELLARIUM_EXPECT_OK(write_all(*file, pattern(8 * 4'096, 1), 0));
+    STELLARIUM_EXPECT_OK(write_all(*file, pattern(8 * kPageBytes, 1), 0));
     EXPECT_EQ(files_.space("/").value().free_bytes, 8'192U);
-    STELLARIUM_EXPECT_FAILS(file->allocate(0, 11 * 4'096), ErrorCode::kNoSpace);
-    EXPECT_EQ(file->pwrite(pattern(3 * 4'096, 2), 8 * 4'096).value(), 8'192U)
+    STELLARIUM_EXPECT_FAILS(file->allocate(0, 11 * kPageBytes), ErrorCode::kNoSpace);
+    EXPECT_EQ(file->pwrite(pattern(3 * kPageBytes, 2), 8 * kPageBytes).value(), 8'192U)
         << "short at the limit";
-    STELLARIUM_EXPECT_FAILS(file->pwrite(filled(1, 1), 10 * 4'096), ErrorCode::kNoSpace);
+    STELLARIUM_EXPECT_FAILS(file->pwrite(filled(1, 1), 10 * kPageBytes), ErrorCode::kNoSpace);
     STELLARIUM_EXPECT_OK(file->pwrite(filled(4'096, 1), 0));
     STELLARIUM_EXPECT_OK(file->punch_hole(0, 4'096));
-    STELLARIUM_EXPECT_OK(file->pwrite(filled(1, 1), 10 * 4'096));
+    STELLARIUM_EXPECT_OK(file->pwrite(filled(1, 1), 10 * kPageBytes));
     STELLARIUM_EXPECT_OK(files_.remove("/a"));
     EXPECT_EQ(files_.space("/").value().free_bytes, 40'960U);
     const auto reserved = open_file(files_, "/b");
@@ -635,7 +642,7 @@ TEST_F(SimulatedTest, SpaceRunsOutAndComesBack) {
 TEST_F(SimulatedTest, DamageIsUnnoticedAndDurable) {
     make_durable(files_, "/a", pattern(10'000, 1));
     files_.damage("/a", 5'000, 3, 9);
-    auto bytes = bytes_at(files_, "/a").value();
+    auto bytes = present_bytes(files_, "/a");
     auto expected = pattern(10'000, 1);
     for (size_t i = 5'000; i < 5'003; ++i) {
         EXPECT_NE(bytes[i], expected[i]);
@@ -661,7 +668,7 @@ TEST_F(SimulatedTest, HaltsAtTheNthMutationAndStaysHalted) {
     STELLARIUM_EXPECT_FAILS(files_.open("/a", OpenMode::kReadOnly), ErrorCode::kIo);
     std::set<std::vector<std::byte>> seen;
     for (uint64_t seed = 0; seed < kSeeds; ++seed) {
-        seen.insert(bytes_at(*files_.crashed_copy(seed), "/a").value());
+        seen.insert(present_bytes(*files_.crashed_copy(seed), "/a"));
     }
     EXPECT_FALSE(seen.contains(filled(512, 77))) << "that was synced over";
     EXPECT_TRUE(seen.contains(filled(512, 1)));
@@ -754,6 +761,7 @@ TEST_F(SimulatedTest, CopiesAreUsedOnOtherThreadsWhileTheMachineGoesOn) {
     STELLARIUM_ASSERT_OK(file->datasync());
     STELLARIUM_ASSERT_OK(files_.sync_directory("/"));
     std::vector<std::thread> threads;
+    threads.reserve(3);
     for (uint64_t t = 0; t < 3; ++t) {
         threads.emplace_back([&, t] {
             for (uint64_t i = 0; i < 30; ++i) {

@@ -8,12 +8,12 @@ namespace {
 
 /// Stands for allocated space that was never written. Shared by all, so never changed in place.
 const SparsePages::PageRef& unwritten_page() {
-    static const SparsePages::PageRef page = [] {
+    static const SparsePages::PageRef kPage = [] {
         SparsePages::PageRef made;
         made.mutate().fill(std::byte{0});
         return made;
     }();
-    return page;
+    return kPage;
 }
 
 constexpr uint64_t page_of(uint64_t offset_bytes) {
