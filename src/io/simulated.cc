@@ -136,10 +136,11 @@ struct SimulatedFileSystem::State {
             if (halts) {
                 halted = true;
                 if (halt_side == HaltSide::kBefore ||
-                    (halt_side == HaltSide::kInFlight && is_sync(kind))) {
+                    (halt_side != HaltSide::kAfter && is_sync(kind))) {
                     return halted_error(path);
                 }
                 admission.dies = true;
+                admission.short_transfer = halt_side == HaltSide::kPartial && is_transfer(kind);
                 return admission;
             }
         }

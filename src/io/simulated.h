@@ -111,6 +111,7 @@ struct Fault {
 enum class HaltSide : uint8_t {
     kBefore,    ///< The operation has not begun.
     kInFlight,  ///< Its effects are queued, unsynced; a sync has synced nothing.
+    kPartial,   ///< As kInFlight, but of a write only the first half: a process killed within it.
     kAfter,     ///< It is complete, but nobody was told.
 };
 

@@ -691,6 +691,16 @@ TEST_F(SimulatedTest, HaltSidesDifferInWhatASyncDid) {
     }
 }
 
+TEST_F(SimulatedTest, AProcessMayBeKilledWithinAWrite) {
+    const auto file = open_file(files_, "/a");
+    files_.halt_at_mutation(1, HaltSide::kPartial);
+    STELLARIUM_EXPECT_FAILS(file->pwrite(pattern(1'000, 1), 0), ErrorCode::kIo);
+    files_.kill_process();
+    auto half = pattern(1'000, 1);
+    half.resize(500);
+    EXPECT_EQ(bytes_at(files_, "/a"), half);
+}
+
 TEST_F(SimulatedTest, CountsAndObserverSeeEveryOperation) {
     std::vector<OperationKind> seen;
     std::vector<FileSystemPtr> copies;
