@@ -21,7 +21,7 @@ SETS[build]="
 # What the tests run: image tools, and real guests (User-mode Linux and QEMU).
 SETS[test]="
     qemu-utils qemu-system-common qemu-system-x86 user-mode-linux
-    mmdebstrap fakeroot e2fsprogs busybox-static cpio kmod zstd xz-utils python3 python3-yaml
+    mmdebstrap uidmap fakeroot e2fsprogs busybox-static cpio kmod zstd xz-utils python3 python3-yaml
     b3sum procps util-linux dpkg-dev jq curl"
 
 SETS[lint]="clang-19 clang-tidy-19 clang-format-19 shellcheck python3"
@@ -29,7 +29,7 @@ SETS[lint]="clang-19 clang-tidy-19 clang-format-19 shellcheck python3"
 SETS[fuzz]="clang-19 llvm-19 libclang-rt-19-dev"
 
 SETS[demo]="
-    qemu-utils qemu-system-x86 mmdebstrap fakeroot e2fsprogs busybox-static cpio kmod zstd xz-utils
+    qemu-utils qemu-system-x86 mmdebstrap uidmap fakeroot e2fsprogs busybox-static cpio kmod zstd xz-utils
     python3"
 
 SETS[bench]="

@@ -59,6 +59,9 @@ fi
 
 work=$(mktemp -d "$out.work.XXXXXX")
 log=$work/log
+# Without root, hooks run as another user, who cannot look into a private home.
+hooks=$(mktemp -d)
+chmod 755 "$hooks"
 finish() {
     local status=$?
     if [[ $status -ne 0 ]]; then
@@ -66,7 +69,7 @@ finish() {
         echo "$0: building $out failed; the last lines of the log are above" >&2
     fi
     chmod -R u+rwX "$work" 2>/dev/null || true
-    rm -rf "$work"
+    rm -rf "$work" "$hooks"
 }
 trap finish EXIT
 
@@ -76,11 +79,11 @@ sources=$(apt-get indextargets --format 'deb $(REPO_URI) $(RELEASE) $(COMPONENT)
     'Created-By: Packages' 'Origin: Debian' 2>/dev/null | grep -E " $SUITE(-updates|-security)? " \
     | sort -u || true)
 
-mkdir "$work/overlay"
+mkdir "$hooks/overlay"
 overlay() {  # overlay PATH MODE < content
-    mkdir -p "$work/overlay/$(dirname "$1")"
-    cat >"$work/overlay/$1"
-    chmod "$2" "$work/overlay/$1"
+    mkdir -p "$hooks/overlay/$(dirname "$1")"
+    cat >"$hooks/overlay/$1"
+    chmod "$2" "$hooks/overlay/$1"
 }
 
 echo "$name" | overlay etc/hostname 644
@@ -128,7 +131,7 @@ printf '\n@@stellarium end %d\n' $?
 systemctl --no-block poweroff
 FILE
 
-cat >"$work/customize" <<'FILE'
+cat >"$hooks/customize" <<'FILE'
 #!/bin/sh
 # Run by mmdebstrap with the new root as its argument.
 set -eu
@@ -145,12 +148,13 @@ rm -f "$root"/etc/ssh/ssh_host_* "$root"/var/lib/systemd/random-seed "$root"/var
 rm -f "$root"/var/cache/ldconfig/aux-cache "$root"/var/log/*.log "$root"/var/log/apt/*
 rm -rf "$root"/var/lib/apt/lists/* "$root"/run/*
 FILE
-chmod +x "$work/customize"
+chmod +x "$hooks/customize"
+tar -C "$hooks/overlay" --owner=0 --group=0 --numeric-owner --sort=name -cf "$hooks/overlay.tar" .
 
 echo "Building the Debian image $name (about half a minute and 400 MB in $(dirname "$out"))" >&2
 mmdebstrap_arguments=(--variant=minbase --format=tar "--include=$packages"
-    "--customize-hook=sync-in '$work/overlay' /"
-    "--customize-hook='$work/customize' \"\$1\"")
+    "--customize-hook=tar-in '$hooks/overlay.tar' /"
+    "--customize-hook='$hooks/customize' \"\$1\"")
 if [[ -n $sources ]]; then
     printf '%s\n' "$sources" | mmdebstrap "${mmdebstrap_arguments[@]}" "$SUITE" "$work/root.tar" - \
         >"$log" 2>&1
