@@ -15,7 +15,7 @@ SETS[build]="
     build-essential cmake ninja-build ccache pkg-config
     librust-blake3-dev libxxhash-dev libzstd-dev liburing-dev libfmt-dev libspdlog-dev
     libcli11-dev nlohmann-json3-dev libboost-dev prometheus-cpp-dev libabsl-dev
-    libseccomp-dev libnbd-dev libfuse3-dev
+    libseccomp-dev libnbd-dev libfuse3-dev libsystemd-dev
     libgtest-dev libgmock-dev libbenchmark-dev python3"
 
 # What the tests run: image tools, and real guests (User-mode Linux and QEMU).
