@@ -111,7 +111,7 @@ Result<void> Recovery::read_before_checkpoint() {
     }
     Source& source = sources_.front();
     STELLARIUM_ASSIGN(const uint64_t size, source.file->size_bytes());
-    if (size < uint64_t{superblock_.log_page} * kPageBytes) {
+    if (superblock_.log_page > 1 && size < uint64_t{superblock_.log_page} * kPageBytes) {
         log_.damage.push_back(fmt::format(
             "{} ends at offset {}, but {} bytes of it were durable at the last checkpoint: the "
             "file is truncated",
