@@ -29,13 +29,10 @@
 #include "base/hash.h"
 #include "io/io.h"
 #include "nebula/store.h"
+#include "nova/entity.h"
+#include "nova/limits.h"
 
 namespace stellarium::nova {
-
-inline constexpr uint64_t kMaxVolumeBytes = uint64_t{1} << 50;  ///< 1 PiB.
-inline constexpr uint64_t kSectorBytes = 512;
-
-enum class EntityKind : uint8_t { kImage, kVolume, kSnapshot };
 
 /// What is known of an image, volume or snapshot.
 struct EntityInfo {
@@ -207,10 +204,5 @@ class Pool {
     virtual std::vector<std::string> warnings() const = 0;
     virtual std::array<uint8_t, 16> uuid() const = 0;
 };
-
-inline constexpr size_t kMaxClonesPerCall = 100'000;
-
-/// kInvalidArgument with the rule when `name` is not a valid name.
-Result<void> check_name(std::string_view name);
 
 }  // namespace stellarium::nova

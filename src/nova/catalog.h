@@ -1,0 +1,189 @@
+// What a pool holds: every image, volume and snapshot, with its name, lineage and content.
+//
+// The catalog changes in one way only: apply() of a record. The live path encodes a record, appends
+// it and applies it; a restart loads the catalog of the last checkpoint and applies what the log
+// holds after it. Both run the same code on the same bytes, so what a crash leaves is what a live
+// pool had at that point of the log.
+//
+//     STELLARIUM_TRY(catalog.load(store.checkpoint_payload()));
+//     store.replay(sink);                                     // sink calls catalog.apply()
+//     auto entity = catalog.find("debian");
+//     auto frozen = catalog.freeze();                         // O(entities), nothing is stored
+//     auto payload = Catalog::save(store, frozen);            // while the catalog goes on changing
+//
+// Thread rule: everything may be called from any thread, with these exceptions, which the pool's
+// locks ensure: records of one entity are applied one at a time, in log order (its commit_mutex);
+// freeze() runs while nothing is applied (the commit gate); load() and replay come first.
+// Errors: kCorrupt where a record does not fit what the catalog holds; those of nova/tree.h.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <shared_mutex>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include <absl/container/flat_hash_map.h>
+
+#include "base/error.h"
+#include "nebula/store.h"
+#include "nova/entity.h"
+#include "nova/records.h"
+#include "nova/tree.h"
+
+namespace stellarium::nova {
+
+/// One image, volume or snapshot. Alive as long as somebody holds it, also after removal.
+class Entity {
+  public:
+    Entity(uint64_t id_in, EntityKind kind_in, uint64_t parent_in, uint64_t created_ns_in)
+        : id(id_in), kind(kind_in), parent(parent_in), created_ns(created_ns_in) {}
+
+    const uint64_t id;
+    const EntityKind kind;
+    const uint64_t parent;  ///< 0: none. Of a snapshot: its volume.
+    const uint64_t created_ns;
+
+    /// A copy of the content as of the last applied record. O(1).
+    VolumeState state() const {
+        const std::shared_lock lock(state_mutex_);
+        return state_;
+    }
+    uint64_t size_bytes() const { return size_bytes_.load(std::memory_order_acquire); }
+    bool removed() const { return removed_.load(std::memory_order_acquire); }
+
+    /// Held around everything that appends and applies records of this entity's content. Ordered
+    /// after the pool's operation lock; several are taken in ascending order of id.
+    std::mutex commit_mutex;
+
+    /// Leaves whose delta may be worth folding. Guarded by commit_mutex.
+    std::set<uint64_t> fold_candidates;
+
+  private:
+    friend class Catalog;
+    void publish(VolumeState& next);
+
+    mutable std::shared_mutex state_mutex_;
+    VolumeState state_;  ///< Guarded by state_mutex_.
+    std::atomic<uint64_t> size_bytes_{0};
+    std::atomic<bool> removed_{false};
+    // Guarded by the catalog's mutex.
+    std::string name_;
+    std::string removed_parent_name_;
+    std::optional<AttachmentRecordBody> attachment_;
+    uint64_t snapshots_ = 0;
+};
+using EntityPtr = std::shared_ptr<Entity>;
+
+class Catalog {
+  public:
+    Catalog(nebula::Store& store, NodeCache& cache) : store_(store), cache_(cache) {}
+
+    // --- Change ----------------------------------------------------------------------------------
+
+    /// `locations`: of a live map record, where the chunk of each entry lies.
+    Result<void> apply(uint16_t kind, Bytes payload,
+                       std::span<const nebula::ChunkLocation> locations = {});
+
+    // --- Look up ---------------------------------------------------------------------------------
+
+    /// By "NAME" or "VOLUME@SNAPSHOT". kNotFound says what there is not.
+    Result<EntityPtr> find(std::string_view source) const;
+    /// The same, of one kind only. kInvalidArgument when it is of another kind.
+    Result<EntityPtr> find(std::string_view source, EntityKind kind) const;
+    /// nullptr: not there (any more).
+    EntityPtr find(uint64_t id) const;
+    bool name_taken(std::string_view name) const;
+
+    std::vector<EntityPtr> list(EntityKind kind) const;  ///< Sorted by name.
+    std::vector<EntityPtr> snapshots_of(uint64_t volume) const;
+    std::vector<EntityPtr> all() const;
+
+    struct Description {
+        std::string name;    ///< Full: "VOLUME@SNAPSHOT".
+        std::string parent;  ///< Full, or what it was called when it was removed; "": none.
+        bool parent_removed = false;
+        std::optional<AttachmentRecordBody> attachment;
+        uint64_t snapshots = 0;
+    };
+    Description describe(const Entity& entity) const;
+    std::string full_name(const Entity& entity) const;
+    std::vector<EntityPtr> attached() const;  ///< With an attachment on record, by name.
+    size_t entity_count() const;
+
+    uint64_t next_id() const;
+    uint64_t imported_bytes() const { return imported_bytes_.load(std::memory_order_relaxed); }
+    uint64_t written_bytes() const { return written_bytes_.load(std::memory_order_relaxed); }
+    ArenaRecord arena() const;  ///< Which arena may hold writes; empty path: none.
+
+    // --- Checkpoint ------------------------------------------------------------------------------
+
+    struct Frozen {
+        struct Item {
+            uint64_t id = 0;
+            uint64_t parent = 0;
+            uint64_t created_ns = 0;
+            EntityKind kind = EntityKind::kVolume;
+            std::string name;
+            std::string removed_parent_name;
+            VolumeState state;
+            std::optional<AttachmentRecordBody> attachment;
+        };
+        std::vector<Item> items;  ///< Ascending by id.
+        uint64_t next_id = 1;
+        uint64_t imported_bytes = 0;
+        uint64_t written_bytes = 0;
+        ArenaRecord arena;
+    };
+    Frozen freeze() const;
+    /// Appends what of `frozen` is not stored yet; returns the payload for Store::checkpoint.
+    static Result<std::vector<std::byte>> save(nebula::Store& store, const Frozen& frozen);
+    /// The inverse, into an empty catalog. An empty payload is an empty pool.
+    Result<void> load(Bytes payload);
+
+  private:
+    Result<void> apply_record(const CreateRecord& record);
+    Result<void> apply_record(const CloneRecord& record);
+    Result<void> apply_record(const SnapshotRecord& record);
+    Result<void> apply_record(const RollbackRecord& record);
+    Result<void> apply_record(const ResizeRecord& record);
+    Result<void> apply_record(const RenameRecord& record);
+    Result<void> apply_record(const RemoveRecord& record);
+    Result<void> apply_record(const AttachmentChangeRecord& record);
+    Result<void> apply_record(const MapRecord& record,
+                              std::span<const nebula::ChunkLocation> locations);
+    Result<void> apply_record(const HoleRecord& record);
+    Result<void> apply_record(const FoldRecord& record);
+    Result<void> apply_record(const ArenaRecord& record);
+
+    // With mutex_ held.
+    EntityPtr find_locked(uint64_t id) const;
+    std::string full_name_locked(const Entity& entity) const;
+    Result<void> insert_locked(const EntityPtr& entity, std::string name);
+
+    /// The volume that a content record names; kCorrupt when there is none.
+    Result<EntityPtr> content_target(RecordKind kind, uint64_t id) const;
+
+    nebula::Store& store_;
+    NodeCache& cache_;
+
+    mutable std::shared_mutex mutex_;
+    absl::flat_hash_map<uint64_t, EntityPtr> entities_;
+    std::map<std::string, EntityPtr, std::less<>> names_;  ///< Images and volumes.
+    std::map<std::pair<uint64_t, std::string>, EntityPtr> snapshots_;
+    uint64_t next_id_ = 1;
+    ArenaRecord arena_;
+    std::atomic<uint64_t> imported_bytes_{0};
+    std::atomic<uint64_t> written_bytes_{0};
+};
+
+}  // namespace stellarium::nova

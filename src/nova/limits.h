@@ -1,0 +1,69 @@
+// Every bound of the volumes layer, in one place, with the relations that must hold between them.
+//
+// Thread rule: constants.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "nebula/types.h"
+
+namespace stellarium::nova {
+
+inline constexpr uint64_t kMaxVolumeBytes = uint64_t{1} << 50;  ///< 1 PiB.
+inline constexpr uint64_t kSectorBytes = 512;
+inline constexpr uint64_t kPageBytes = nebula::kPageBytes;
+inline constexpr uint64_t kLeafBytes = uint64_t{nebula::kLeafPages} * kPageBytes;
+inline constexpr uint64_t kMaxPages = kMaxVolumeBytes / kPageBytes;
+static_assert(kPageBytes % kSectorBytes == 0);
+static_assert(kMaxPages < uint64_t{1} << 40, "map entries hold 40-bit page numbers");
+
+// Names and their company.
+inline constexpr size_t kMaxNameBytes = 128;
+inline constexpr size_t kMaxFullNameBytes = 2 * kMaxNameBytes + 1;  ///< VOLUME@SNAPSHOT.
+inline constexpr size_t kMaxLabelBytes = 4096;
+inline constexpr size_t kMaxAttachmentOptionsBytes = 4096;
+inline constexpr size_t kMaxSerialBytes = 20;
+inline constexpr size_t kMaxClonesPerCall = 100'000;
+inline constexpr size_t kMaxEntities = 4'000'000;  ///< Images, volumes and snapshots of a pool.
+inline constexpr size_t kMaxLineage = 10'000;      ///< Ancestors that detail() lists.
+
+// Records of the log. A record stays well below a batch header's room, so a call that says more
+// writes several records in one batch.
+inline constexpr size_t kMaxRecordBytes = size_t{48} << 10;
+inline constexpr size_t kMaxMapEntriesPerRecord = 1024;
+inline constexpr size_t kMaxHoleEntriesPerRecord = 1024;
+inline constexpr size_t kMaxFoldLeavesPerRecord = 8192;
+inline constexpr size_t kMaxIdsPerRecord = 4096;
+/// Names of all clones of one call, which are made in one batch.
+inline constexpr size_t kMaxCloneNamesBytes = nebula::kMaxRecordBytes / 2;
+static_assert(kMaxRecordBytes <= nebula::kMaxRecordBytes / 16);
+
+// Guest writes on their way into the log.
+inline constexpr uint64_t kMinDirtyBudgetBytes = uint64_t{256} << 10;
+inline constexpr uint64_t kMaxDirtyBudgetBytes = uint64_t{1} << 40;
+/// Largest part of a request that takes arena slots at once.
+inline constexpr uint64_t kMaxWritePieceBytes = uint64_t{2} << 20;
+/// A discard of more leaves goes straight to the log instead of through the arena.
+inline constexpr uint64_t kMaxBufferedDiscardLeaves = 16;
+/// Pages gathered for one append of the flusher.
+inline constexpr uint64_t kCommitBytes = uint64_t{8} << 20;
+static_assert(kCommitBytes % kLeafBytes == 0 && kMaxWritePieceBytes % kPageBytes == 0);
+
+// Folding.
+/// A leaf with fewer extents in its delta is not worth rewriting by itself.
+inline constexpr uint64_t kMinFoldExtents = 32;
+/// Delta extents of all volumes in memory beyond which the largest deltas are folded whole.
+inline constexpr uint64_t kMaxDeltaExtents = 1'000'000;
+inline constexpr size_t kFoldBatchLeaves = 256;
+static_assert(kFoldBatchLeaves <= kMaxFoldLeavesPerRecord);
+
+// Reading.
+inline constexpr uint64_t kMaxReadRunBytes = uint64_t{2} << 20;  ///< One read of the store.
+/// Reader::next_data looks no further than this for the end of a range.
+inline constexpr uint64_t kMaxDataRangeBytes = uint64_t{1} << 30;
+
+/// close() checkpoints when a restart would have to replay more than this.
+inline constexpr uint64_t kCloseCheckpointBytes = uint64_t{16} << 20;
+
+}  // namespace stellarium::nova

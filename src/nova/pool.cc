@@ -1,0 +1,1174 @@
+#include "nova/pool.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cassert>
+#include <condition_variable>
+#include <future>
+#include <map>
+#include <mutex>
+#include <set>
+#include <thread>
+#include <utility>
+
+#include <absl/container/flat_hash_map.h>
+#include <fmt/format.h>
+
+#include "nova/arena.h"
+#include "nova/catalog.h"
+#include "nova/committer.h"
+#include "nova/device.h"
+#include "nova/folder.h"
+#include "nova/format.h"
+#include "nova/import.h"
+#include "nova/limits.h"
+#include "nova/reader.h"
+#include "nova/records.h"
+#include "nova/tree.h"
+#include "nova/volume.h"
+
+namespace stellarium::nova {
+namespace {
+
+std::string hex(const Identity& identity) {
+    std::string text;
+    for (const uint8_t byte : identity) {
+        text += fmt::format("{:02x}", byte);
+    }
+    return text;
+}
+
+uint64_t round_up_to_sectors(uint64_t bytes) {
+    return (bytes + kSectorBytes - 1) / kSectorBytes * kSectorBytes;
+}
+
+unsigned worker_count(unsigned asked) {
+    return asked != 0 ? asked : std::clamp(std::thread::hardware_concurrency(), 1U, 8U);
+}
+
+/// Reads a state that it holds by value.
+class StateReader final : public Reader {
+  public:
+    StateReader(nebula::Store& store, NodeCache& cache, VolumeState state)
+        : store_(store), cache_(cache), state_(std::move(state)) {}
+
+    uint64_t size_bytes() const override { return state_.size_bytes; }
+
+    Result<std::optional<std::pair<uint64_t, uint64_t>>> next_data(uint64_t offset_bytes) override {
+        return nova::next_data(store_, cache_, state_, offset_bytes);
+    }
+
+    Result<void> read(uint64_t offset_bytes, MutableBytes into) override {
+        if (offset_bytes > state_.size_bytes || into.size() > state_.size_bytes - offset_bytes) {
+            return fail(ErrorCode::kInvalidArgument,
+                        fmt::format("{} bytes at offset {} reach beyond the end at {}", into.size(),
+                                    offset_bytes, state_.size_bytes));
+        }
+        const iovec whole = to_iovec(into);
+        IovecCursor cursor(std::span(&whole, 1));
+        return read_state(store_, cache_, state_, offset_bytes, cursor, into.size(),
+                          IoMode::kMayBlock);
+    }
+
+  private:
+    nebula::Store& store_;
+    NodeCache& cache_;
+    const VolumeState state_;
+};
+
+class PoolImpl final : public Pool, public DeviceOwner {
+  public:
+    PoolImpl(const io::Env& env, const PoolOptions& options, std::unique_ptr<nebula::Store> store)
+        : env_(env),
+          options_(options),
+          store_(std::move(store)),
+          cache_(options.node_cache_bytes),
+          catalog_(*store_, cache_) {}
+    ~PoolImpl() override { stop_threads(); }
+
+    Result<void> recover();
+    Result<void> close() override;
+
+    Result<std::unique_ptr<ImageImport>> begin_import(std::string_view name) override;
+    Result<EntityInfo> create_volume(std::string_view name, uint64_t size_bytes) override;
+    Result<void> clone(std::string_view source, const std::vector<std::string>& names) override;
+    Result<EntityInfo> resize(std::string_view volume, uint64_t size_bytes) override;
+    Result<void> rename(std::string_view from, std::string_view to) override;
+    Result<void> remove(const std::vector<std::string>& names) override;
+
+    Result<EntityInfo> create_snapshot(std::string_view volume, std::string_view snapshot) override;
+    Result<void> rollback(std::string_view volume, std::string_view snapshot) override;
+    Result<void> remove_snapshot(std::string_view volume, std::string_view snapshot) override;
+
+    std::vector<EntityInfo> images() const override { return infos(EntityKind::kImage); }
+    std::vector<EntityInfo> volumes() const override { return infos(EntityKind::kVolume); }
+    Result<std::vector<EntityInfo>> snapshots(std::string_view volume) const override;
+    Result<EntityInfo> find(std::string_view source) const override;
+    Result<EntityDetail> detail(std::string_view source) override;
+    Result<std::unique_ptr<Reader>> open_reader(std::string_view source) override;
+    Result<void> diff(std::string_view a, std::string_view b,
+                      const std::function<Result<void>(DiffRange)>& visit) override;
+
+    Result<std::shared_ptr<BlockDevice>> attach(std::string_view source,
+                                                const AttachOptions& options) override;
+    Result<void> set_attachment(std::string_view source,
+                                std::optional<AttachmentRecord> record) override;
+    std::vector<AttachmentRecord> attachments() const override;
+
+    PoolStats stats() const override;
+    Result<void> checkpoint() override;
+    std::optional<std::string> read_only_reason() const override;
+    std::vector<std::string> warnings() const override;
+    std::array<uint8_t, 16> uuid() const override { return store_->uuid(); }
+
+  private:
+    friend class PoolImport;
+
+    /// A device in use. `device` is valid as long as it is listed, `owner` may have gone already.
+    struct OpenDevice {
+        Device* device = nullptr;
+        std::weak_ptr<Device> owner;
+    };
+
+    // Recovery.
+    Result<void> open_arena();
+    Result<void> adopt_foreign_arena(std::unique_ptr<Arena> arena);
+    std::unique_ptr<Committer> make_committer(Arena& arena, bool background);
+    void stop_threads();
+
+    // Running volumes.
+    std::shared_ptr<Volume> running(const EntityPtr& entity) const;
+    std::shared_ptr<Volume> run(const EntityPtr& entity);
+    void close_device(const std::shared_ptr<Volume>& volume, const Device& device) override;
+    void flush_device(const std::shared_ptr<Volume>& volume,
+                      std::function<void(Result<void>)> done) override {
+        committer_->flush_async(volume, std::move(done));
+    }
+    Result<void> flush(const std::shared_ptr<Volume>& volume);
+
+    // Changes. The operation lock is held.
+    Result<uint64_t> commit_on(const EntityPtr& entity, std::span<const PendingRecord> records);
+    Result<uint64_t> commit_alone(std::span<const PendingRecord> records) {
+        return committer_->commit({}, records);
+    }
+    Result<void> check_free(std::string_view name) const;
+    Result<void> check_room(size_t more) const;
+    Result<void> check_not_attached(const Entity& entity, std::string_view what) const;
+    Result<void> remove_entities(const std::vector<EntityPtr>& entities);
+    uint64_t now_ns() const { return static_cast<uint64_t>(env_.clock->wall().count()); }
+
+    /// Ends an operation: makes it durable.
+    Result<void> settle(uint64_t sequence);
+
+    // Looking.
+    std::vector<EntityInfo> infos(EntityKind kind) const;
+    EntityInfo info(const Entity& entity) const;
+    std::optional<std::string> attachment_label(const Entity& entity) const;
+    /// The content as of now, with what is dirty.
+    Result<VolumeState> present_state(const EntityPtr& entity);
+
+    // Maintenance.
+    void after_commit();
+    void run_maintenance();
+    Result<void> fold_where_due();
+
+    const io::Env env_;
+    const PoolOptions options_;
+    std::unique_ptr<nebula::Store> store_;
+    NodeCache cache_;
+    Catalog catalog_;
+    std::unique_ptr<Arena> arena_;
+    std::unique_ptr<Committer> committer_;
+    std::vector<std::string> own_warnings_;
+
+    /// Serialises everything that changes names: checks and change are one step.
+    std::mutex operations_;
+    std::set<std::string, std::less<>> importing_;  ///< Names promised to imports. Guarded by it.
+
+    mutable std::mutex running_mutex_;
+    // Guarded by running_mutex_:
+    absl::flat_hash_map<uint64_t, std::shared_ptr<Volume>> running_;
+    absl::flat_hash_map<uint64_t, std::vector<OpenDevice>> devices_;
+
+    std::mutex checkpoint_mutex_;  ///< One checkpoint at a time.
+
+    std::thread maintenance_;
+    std::mutex maintenance_mutex_;
+    std::condition_variable maintenance_work_;
+    bool maintenance_due_ = false;       ///< Guarded by maintenance_mutex_.
+    bool maintenance_stopping_ = false;  ///< Guarded by maintenance_mutex_.
+};
+
+// --- Imports -------------------------------------------------------------------------------------
+
+class PoolImport final : public ImageImport {
+  public:
+    PoolImport(PoolImpl& pool, std::string name, unsigned workers)
+        : pool_(pool), name_(std::move(name)), pipeline_(*pool.store_, {.workers = workers}) {}
+    ~PoolImport() override {
+        const std::lock_guard lock(pool_.operations_);
+        pool_.importing_.erase(name_);
+    }
+    PoolImport(const PoolImport&) = delete;
+    PoolImport& operator=(const PoolImport&) = delete;
+
+    Result<void> append(uint64_t offset_bytes, Bytes data) override {
+        if (finished_) {
+            return fail(ErrorCode::kInvalidArgument, "import: it is finished");
+        }
+        STELLARIUM_TRY(pipeline_.append(offset_bytes, data));
+        pool_.after_commit();
+        return {};
+    }
+
+    Result<EntityInfo> finish(uint64_t size_bytes) override {
+        if (finished_) {
+            return fail(ErrorCode::kInvalidArgument, "import: it is finished");
+        }
+        if (size_bytes > kMaxVolumeBytes) {
+            return fail(ErrorCode::kInvalidArgument,
+                        fmt::format("import: a size of {} bytes is above the largest of {}",
+                                    size_bytes, kMaxVolumeBytes));
+        }
+        finished_ = true;
+        STELLARIUM_ASSIGN(const ImportedTree tree, pipeline_.finish());
+        if (tree.end_bytes > size_bytes) {
+            return fail(ErrorCode::kInvalidArgument,
+                        fmt::format("import: {} bytes were given for an image of {} bytes",
+                                    tree.end_bytes, size_bytes));
+        }
+        uint64_t sequence = 0;
+        uint64_t id = 0;
+        {
+            const std::lock_guard lock(pool_.operations_);
+            STELLARIUM_TRY(pool_.check_room(1));
+            id = pool_.catalog_.next_id();
+            const CreateRecord record{.id = id,
+                                      .kind = EntityKind::kImage,
+                                      .size_bytes = size_bytes,
+                                      .created_ns = pool_.now_ns(),
+                                      .data_bytes = tree.data_bytes,
+                                      .root = tree.root,
+                                      .name = name_};
+            const PendingRecord pending = PendingRecord::of(record);
+            STELLARIUM_ASSIGN(sequence, pool_.commit_alone(std::span(&pending, 1)));
+        }
+        STELLARIUM_TRY(pool_.settle(sequence));
+        const EntityPtr entity = pool_.catalog_.find(id);
+        if (!entity) {
+            return fail(ErrorCode::kNotFound, fmt::format("image '{}' was removed", name_));
+        }
+        return pool_.info(*entity);
+    }
+
+    Progress progress() const override { return pipeline_.progress(); }
+
+  private:
+    PoolImpl& pool_;
+    const std::string name_;
+    LeafPipeline pipeline_;
+    bool finished_ = false;
+};
+
+Result<std::unique_ptr<ImageImport>> PoolImpl::begin_import(std::string_view name) {
+    STELLARIUM_TRY(check_name(name));
+    if (const auto reason = read_only_reason()) {
+        return fail(ErrorCode::kReadOnly, fmt::format("cannot import '{}': {}", name, *reason));
+    }
+    {
+        const std::lock_guard lock(operations_);
+        STELLARIUM_TRY(check_free(name));
+        importing_.emplace(name);
+    }
+    return std::make_unique<PoolImport>(
+        *this, std::string(name), options_.background ? worker_count(options_.hash_threads) : 0);
+}
+
+// --- Opening -------------------------------------------------------------------------------------
+
+std::unique_ptr<Committer> PoolImpl::make_committer(Arena& arena, bool background) {
+    return std::make_unique<Committer>(
+        env_, *store_, cache_, catalog_, arena,
+        CommitterOptions{.writeback_age = options_.writeback_age,
+                         .background = background,
+                         .after_commit = [this] { after_commit(); }});
+}
+
+Result<void> PoolImpl::recover() {
+    STELLARIUM_TRY(catalog_.load(store_->checkpoint_payload()));
+    class Sink final : public nebula::ReplaySink {
+      public:
+        explicit Sink(Catalog& catalog) : catalog_(catalog) {}
+        Result<void> replay(uint64_t sequence, uint16_t kind, Bytes payload) override {
+            auto applied = catalog_.apply(kind, payload);
+            if (!applied) {
+                return std::unexpected(
+                    applied.error().with_context(fmt::format("replay of batch {}", sequence)));
+            }
+            return {};
+        }
+
+      private:
+        Catalog& catalog_;
+    };
+    Sink sink(catalog_);
+    STELLARIUM_TRY(store_->replay(sink));
+    STELLARIUM_TRY(open_arena());
+    committer_->start();
+    if (options_.background && !read_only_reason()) {
+        maintenance_ = std::thread([this] { run_maintenance(); });
+    }
+    return {};
+}
+
+/// Finds the acknowledged writes that the last process left, and makes room for new ones.
+Result<void> PoolImpl::open_arena() {
+    const ArenaRecord left = catalog_.arena();
+    if (read_only_reason()) {
+        if (!left.path.empty()) {
+            own_warnings_.push_back(
+                fmt::format("the pool is read-only: acknowledged writes that may be in {} are not "
+                            "shown, and stay there",
+                            left.path));
+        }
+        arena_ = Arena::make_private(options_.dirty_budget_bytes);
+        committer_ = make_committer(*arena_, /*background=*/false);
+        return {};
+    }
+    const std::string own_path =
+        options_.runtime_directory.empty()
+            ? std::string()
+            : fmt::format("{}/{}.arena", options_.runtime_directory, hex(store_->uuid()));
+    if (!left.path.empty()) {
+        std::string why;
+        auto found = Arena::open_file(env_, left.path, store_->uuid(), left.id, why);
+        if (!found) {
+            return std::unexpected(found.error().with_context(fmt::format(
+                "{} may hold acknowledged writes of this pool and cannot be opened", left.path)));
+        }
+        if (*found == nullptr) {
+            own_warnings_.push_back(fmt::format(
+                "the pool was not closed cleanly, and writes that were not flushed are lost: {}",
+                why));
+        } else if (left.path == own_path) {
+            arena_ = *std::move(found);
+            committer_ = make_committer(*arena_, options_.background);
+            for (const Arena::Found& slot : arena_->adopt()) {
+                const EntityPtr entity = catalog_.find(slot.volume);
+                if (entity && entity->kind == EntityKind::kVolume) {
+                    run(entity)->adopt(slot);
+                } else {
+                    arena_->retire(slot.slot);
+                    arena_->release(slot.slot);
+                }
+            }
+            return {};
+        } else {
+            STELLARIUM_TRY(adopt_foreign_arena(*std::move(found)));
+        }
+    }
+    ArenaRecord fresh{.id = {}, .path = own_path};
+    if (own_path.empty()) {
+        arena_ = Arena::make_private(options_.dirty_budget_bytes);
+    } else {
+        STELLARIUM_ASSIGN(const io::FileSystemType type,
+                          env_.files->type(options_.runtime_directory));
+        if (type.kind != io::FileSystemKind::kMemory) {
+            own_warnings_.push_back(
+                fmt::format("the runtime directory {} is on {}, not on a memory file system: "
+                            "guest writes cause needless disk writes there",
+                            options_.runtime_directory, type.name));
+        }
+        env_.random->fill(std::as_writable_bytes(std::span(fresh.id)));
+        STELLARIUM_ASSIGN(arena_, Arena::make_file(env_, own_path, options_.dirty_budget_bytes,
+                                                   store_->uuid(), fresh.id));
+    }
+    committer_ = make_committer(*arena_, options_.background);
+    if (own_path.empty() && left.path.empty()) {
+        return {};
+    }
+    // The log must name the arena before the first write is acknowledged from it.
+    const PendingRecord record = PendingRecord::of(fresh);
+    STELLARIUM_ASSIGN(const uint64_t sequence, commit_alone(std::span(&record, 1)));
+    return store_->sync(sequence);
+}
+
+/// Appends everything that an arena at another place holds, and removes it.
+Result<void> PoolImpl::adopt_foreign_arena(std::unique_ptr<Arena> arena) {
+    const auto committer = make_committer(*arena, /*background=*/false);
+    std::map<uint64_t, std::shared_ptr<Volume>> volumes;
+    for (const Arena::Found& slot : arena->adopt()) {
+        const EntityPtr entity = catalog_.find(slot.volume);
+        if (entity && entity->kind == EntityKind::kVolume) {
+            auto& volume = volumes[entity->id];
+            if (!volume) {
+                volume = std::make_shared<Volume>(*store_, cache_, *arena, *committer, entity);
+            }
+            volume->adopt(slot);
+        }
+    }
+    for (const auto& [id, volume] : volumes) {
+        const std::lock_guard lock(volume->entity()->commit_mutex);
+        auto committed = committer->commit(std::span(&volume, 1), {});
+        if (!committed) {
+            return std::unexpected(committed.error().with_context(fmt::format(
+                "acknowledged writes in {} cannot be written to the store", arena->path())));
+        }
+    }
+    STELLARIUM_TRY(store_->sync(store_->sequence()));
+    return arena->remove_file();
+}
+
+void PoolImpl::stop_threads() {
+    {
+        const std::lock_guard lock(maintenance_mutex_);
+        maintenance_stopping_ = true;
+        maintenance_work_.notify_all();
+    }
+    if (maintenance_.joinable()) {
+        maintenance_.join();
+    }
+    if (committer_) {
+        committer_->stop();
+    }
+}
+
+Result<void> PoolImpl::close() {
+    std::vector<std::shared_ptr<Volume>> volumes;
+    {
+        const std::lock_guard lock(running_mutex_);
+        for (const auto& [id, open] : devices_) {
+            if (!open.empty()) {
+                return fail(
+                    ErrorCode::kBusy,
+                    fmt::format("the pool cannot be closed: '{}' is attached ({})",
+                                catalog_.full_name(*open.front().device->volume()->entity()),
+                                open.front().device->label()));
+            }
+        }
+        for (const auto& [id, volume] : running_) {
+            volumes.push_back(volume);
+        }
+    }
+    if (read_only_reason()) {
+        stop_threads();
+        return store_->close();
+    }
+    for (const auto& volume : volumes) {
+        const std::lock_guard lock(volume->entity()->commit_mutex);
+        STELLARIUM_TRY(committer_->commit(std::span(&volume, 1), {}));
+    }
+    stop_threads();
+    if (store_->bytes_since_checkpoint() > kCloseCheckpointBytes) {
+        STELLARIUM_TRY(checkpoint());
+    }
+    if (!arena_->path().empty()) {
+        const PendingRecord none = PendingRecord::of(ArenaRecord{});
+        STELLARIUM_ASSIGN(const uint64_t sequence, commit_alone(std::span(&none, 1)));
+        STELLARIUM_TRY(store_->sync(sequence));
+        STELLARIUM_TRY(arena_->remove_file());
+    }
+    STELLARIUM_TRY(store_->sync(store_->sequence()));
+    return store_->close();
+}
+
+// --- Running volumes -----------------------------------------------------------------------------
+
+std::shared_ptr<Volume> PoolImpl::running(const EntityPtr& entity) const {
+    const std::lock_guard lock(running_mutex_);
+    const auto it = running_.find(entity->id);
+    return it == running_.end() ? nullptr : it->second;
+}
+
+std::shared_ptr<Volume> PoolImpl::run(const EntityPtr& entity) {
+    const std::lock_guard lock(running_mutex_);
+    auto& volume = running_[entity->id];
+    if (!volume) {
+        volume = std::make_shared<Volume>(*store_, cache_, *arena_, *committer_, entity);
+    }
+    return volume;
+}
+
+Result<void> PoolImpl::flush(const std::shared_ptr<Volume>& volume) {
+    std::promise<Result<void>> promise;
+    auto done = promise.get_future();
+    committer_->flush_async(volume, [&promise](Result<void> result) { promise.set_value(result); });
+    return done.get();
+}
+
+void PoolImpl::close_device(const std::shared_ptr<Volume>& volume, const Device& device) {
+    if (!device.read_only()) {
+        // A failure leaves the pages in the arena, where write-back tries again.
+        if (auto flushed = flush(volume); !flushed) {
+            volume->fail_writers(flushed.error());
+        }
+    }
+    const std::lock_guard lock(running_mutex_);
+    auto& open = devices_[volume->entity()->id];
+    std::erase_if(open, [&](const OpenDevice& item) { return item.device == &device; });
+    if (open.empty()) {
+        devices_.erase(volume->entity()->id);
+        if (!volume->dirty()) {
+            running_.erase(volume->entity()->id);
+        }
+    }
+}
+
+Result<std::shared_ptr<BlockDevice>> PoolImpl::attach(std::string_view source,
+                                                      const AttachOptions& options) {
+    const std::lock_guard operation(operations_);
+    STELLARIUM_ASSIGN(const EntityPtr entity, catalog_.find(source));
+    if (!options.read_only) {
+        if (entity->kind != EntityKind::kVolume) {
+            return fail(ErrorCode::kReadOnly,
+                        fmt::format("'{}' is {} {}: attach it read-only, or clone it", source,
+                                    entity->kind == EntityKind::kImage ? "an" : "a",
+                                    kind_name(entity->kind)));
+        }
+        if (const auto reason = read_only_reason()) {
+            return fail(ErrorCode::kReadOnly,
+                        fmt::format("'{}' can be attached read-only only: {}", source, *reason));
+        }
+    }
+    std::string serial = options.serial.empty() ? catalog_.full_name(*entity) : options.serial;
+    if (serial.size() > kMaxSerialBytes) {
+        serial.resize(kMaxSerialBytes);
+    }
+    const auto volume = run(entity);
+    const std::lock_guard lock(running_mutex_);
+    auto& open = devices_[entity->id];
+    if (!options.read_only) {
+        const auto writer = std::find_if(
+            open.begin(), open.end(), [](const OpenDevice& d) { return !d.device->read_only(); });
+        if (writer != open.end()) {
+            return fail(ErrorCode::kBusy, fmt::format("'{}' is attached for writing already ({})",
+                                                      source, writer->device->label()));
+        }
+    }
+    auto device = std::make_shared<Device>(
+        *this, volume, options.read_only,
+        options.label.empty() ? std::string("a device") : options.label, std::move(serial));
+    open.push_back({.device = device.get(), .owner = device});
+    return device;
+}
+
+// --- Changes -------------------------------------------------------------------------------------
+
+Result<uint64_t> PoolImpl::commit_on(const EntityPtr& entity,
+                                     std::span<const PendingRecord> records) {
+    const std::lock_guard lock(entity->commit_mutex);
+    if (entity->removed()) {
+        return fail(ErrorCode::kNotFound, "it has just been removed");
+    }
+    if (const auto volume = running(entity)) {
+        return committer_->commit(std::span(&volume, 1), records);
+    }
+    return committer_->commit({}, records);
+}
+
+Result<void> PoolImpl::settle(uint64_t sequence) {
+    STELLARIUM_TRY(store_->sync(sequence));
+    after_commit();
+    return {};
+}
+
+Result<void> PoolImpl::check_free(std::string_view name) const {
+    if (importing_.contains(name)) {
+        return fail(ErrorCode::kAlreadyExists,
+                    fmt::format("an image named '{}' is being imported", name));
+    }
+    if (catalog_.name_taken(name)) {
+        STELLARIUM_ASSIGN(const EntityPtr entity, catalog_.find(name));
+        return fail(
+            ErrorCode::kAlreadyExists,
+            fmt::format("{} {} named '{}' exists", entity->kind == EntityKind::kImage ? "an" : "a",
+                        kind_name(entity->kind), name));
+    }
+    return {};
+}
+
+Result<void> PoolImpl::check_room(size_t more) const {
+    if (catalog_.entity_count() + more > kMaxEntities) {
+        return fail(
+            ErrorCode::kLimitExceeded,
+            fmt::format("a pool holds at most {} images, volumes and snapshots", kMaxEntities));
+    }
+    return {};
+}
+
+std::optional<std::string> PoolImpl::attachment_label(const Entity& entity) const {
+    {
+        const std::lock_guard lock(running_mutex_);
+        const auto it = devices_.find(entity.id);
+        if (it != devices_.end() && !it->second.empty()) {
+            const auto writer =
+                std::find_if(it->second.begin(), it->second.end(),
+                             [](const OpenDevice& open) { return !open.device->read_only(); });
+            return writer != it->second.end() ? writer->device->label()
+                                              : it->second.front().device->label();
+        }
+    }
+    if (const auto attachment = catalog_.describe(entity).attachment) {
+        return attachment->label;
+    }
+    return std::nullopt;
+}
+
+Result<void> PoolImpl::check_not_attached(const Entity& entity, std::string_view what) const {
+    if (const auto label = attachment_label(entity)) {
+        return fail(ErrorCode::kBusy, fmt::format("'{}' cannot be {} while it is attached ({})",
+                                                  catalog_.full_name(entity), what, *label));
+    }
+    return {};
+}
+
+Result<EntityInfo> PoolImpl::create_volume(std::string_view name, uint64_t size_bytes) {
+    STELLARIUM_TRY(check_name(name));
+    if (size_bytes % kSectorBytes != 0 || size_bytes > kMaxVolumeBytes) {
+        return fail(ErrorCode::kInvalidArgument,
+                    fmt::format("a volume's size is a multiple of {} bytes, at most {}; {} is not",
+                                kSectorBytes, kMaxVolumeBytes, size_bytes));
+    }
+    uint64_t sequence = 0;
+    EntityPtr entity;
+    {
+        const std::lock_guard lock(operations_);
+        STELLARIUM_TRY(check_free(name));
+        STELLARIUM_TRY(check_room(1));
+        const CreateRecord record{.id = catalog_.next_id(),
+                                  .kind = EntityKind::kVolume,
+                                  .size_bytes = size_bytes,
+                                  .created_ns = now_ns(),
+                                  .data_bytes = 0,
+                                  .root = {},
+                                  .name = std::string(name)};
+        const PendingRecord pending = PendingRecord::of(record);
+        STELLARIUM_ASSIGN(sequence, commit_alone(std::span(&pending, 1)));
+        entity = catalog_.find(record.id);
+    }
+    STELLARIUM_TRY(settle(sequence));
+    return info(*entity);
+}
+
+Result<void> PoolImpl::clone(std::string_view source, const std::vector<std::string>& names) {
+    if (names.empty() || names.size() > kMaxClonesPerCall) {
+        return fail(ErrorCode::kInvalidArgument,
+                    fmt::format("1 to {} clones can be made at once, not {}", kMaxClonesPerCall,
+                                names.size()));
+    }
+    std::set<std::string_view> distinct;
+    size_t record_bytes = 0;
+    for (const std::string& name : names) {
+        STELLARIUM_TRY(check_name(name));
+        record_bytes += name.size() + 1;
+        if (!distinct.insert(name).second) {
+            return fail(ErrorCode::kInvalidArgument, fmt::format("'{}' is asked for twice", name));
+        }
+    }
+    if (record_bytes > kMaxCloneNamesBytes) {
+        return fail(ErrorCode::kLimitExceeded,
+                    fmt::format("the names of clones made at once may take {} bytes, not {}: make "
+                                "them in several calls",
+                                kMaxCloneNamesBytes, record_bytes));
+    }
+    uint64_t sequence = 0;
+    {
+        const std::lock_guard lock(operations_);
+        STELLARIUM_ASSIGN(const EntityPtr entity, catalog_.find(source));
+        for (const std::string& name : names) {
+            STELLARIUM_TRY(check_free(name));
+        }
+        STELLARIUM_TRY(check_room(names.size()));
+        std::vector<PendingRecord> records;
+        uint64_t next_id = catalog_.next_id();
+        const uint64_t created_ns = now_ns();
+        for (size_t i = 0; i < names.size();) {
+            CloneRecord record{.source = entity->id,
+                               .first_id = next_id,
+                               .size_bytes = round_up_to_sectors(entity->size_bytes()),
+                               .created_ns = created_ns,
+                               .names = {}};
+            size_t bytes = sizeof(format::Clone);
+            while (i < names.size() && bytes + names[i].size() + 1 <= kMaxRecordBytes) {
+                bytes += names[i].size() + 1;
+                record.names.push_back(names[i++]);
+            }
+            next_id += record.names.size();
+            records.push_back(PendingRecord::of(record));
+        }
+        STELLARIUM_ASSIGN(sequence, commit_on(entity, records));
+    }
+    return settle(sequence);
+}
+
+Result<EntityInfo> PoolImpl::resize(std::string_view name, uint64_t size_bytes) {
+    if (size_bytes % kSectorBytes != 0 || size_bytes > kMaxVolumeBytes) {
+        return fail(ErrorCode::kInvalidArgument,
+                    fmt::format("a volume's size is a multiple of {} bytes, at most {}; {} is not",
+                                kSectorBytes, kMaxVolumeBytes, size_bytes));
+    }
+    uint64_t sequence = 0;
+    EntityPtr entity;
+    {
+        const std::lock_guard lock(operations_);
+        STELLARIUM_ASSIGN(entity, catalog_.find(name, EntityKind::kVolume));
+        const bool shrinks = size_bytes < entity->size_bytes();
+        if (shrinks) {
+            STELLARIUM_TRY(check_not_attached(*entity, "shrunk"));
+            STELLARIUM_TRY(commit_on(entity, {}));
+        }
+        const std::lock_guard commit_lock(entity->commit_mutex);
+        VolumeState state = entity->state();
+        ResizeRecord record{.volume = entity->id, .size_bytes = size_bytes, .root = state.root};
+        if (!shrinks) {
+            const PendingRecord pending = PendingRecord::of(record);
+            STELLARIUM_ASSIGN(sequence, commit_alone(std::span(&pending, 1)));
+        } else {
+            // The tree without what lies beyond. Its delta follows from the record.
+            VolumeState tree_only{.root = state.root, .delta = {}, .size_bytes = state.size_bytes};
+            STELLARIUM_ASSIGN(const VolumeState cut,
+                              resized(*store_, cache_, tree_only, size_bytes));
+            record.root = cut.root;
+            const PendingRecord pending = PendingRecord::of(record);
+            const uint64_t within = size_bytes % kPageBytes;
+            if (within == 0) {
+                STELLARIUM_ASSIGN(sequence, commit_alone(std::span(&pending, 1)));
+            } else {
+                // Growing again must show zeros in the rest of the last page.
+                std::array<std::byte, kPageBytes> last{};
+                const iovec part = to_iovec(MutableBytes(last).first(within));
+                IovecCursor cursor(std::span(&part, 1));
+                STELLARIUM_TRY(read_state(*store_, cache_, state, size_bytes - within, cursor,
+                                          within, IoMode::kMayBlock));
+                STELLARIUM_ASSIGN(sequence,
+                                  committer_->commit_page(*entity, size_bytes / kPageBytes, last,
+                                                          std::span(&pending, 1)));
+            }
+        }
+    }
+    STELLARIUM_TRY(settle(sequence));
+    std::vector<std::shared_ptr<Device>> open;
+    {
+        const std::lock_guard lock(running_mutex_);
+        const auto it = devices_.find(entity->id);
+        if (it != devices_.end()) {
+            for (const OpenDevice& item : it->second) {
+                if (auto device = item.owner.lock()) {
+                    open.push_back(std::move(device));
+                }
+            }
+        }
+    }
+    // Without a lock: a listener may ask the pool.
+    for (const auto& device : open) {
+        device->size_changed(size_bytes);
+    }
+    return info(*entity);
+}
+
+Result<void> PoolImpl::rename(std::string_view from, std::string_view to) {
+    STELLARIUM_TRY(check_name(to));
+    uint64_t sequence = 0;
+    {
+        const std::lock_guard lock(operations_);
+        STELLARIUM_ASSIGN(const EntityPtr entity, catalog_.find(from));
+        if (entity->kind == EntityKind::kSnapshot) {
+            return fail(ErrorCode::kInvalidArgument, "a snapshot keeps its name");
+        }
+        STELLARIUM_TRY(check_free(to));
+        const PendingRecord pending =
+            PendingRecord::of(RenameRecord{.id = entity->id, .name = std::string(to)});
+        STELLARIUM_ASSIGN(sequence, commit_alone(std::span(&pending, 1)));
+    }
+    return settle(sequence);
+}
+
+Result<void> PoolImpl::remove(const std::vector<std::string>& names) {
+    const std::lock_guard lock(operations_);
+    std::vector<EntityPtr> entities;
+    std::set<uint64_t> chosen;
+    for (const std::string& name : names) {
+        STELLARIUM_ASSIGN(const EntityPtr entity, catalog_.find(name));
+        if (entity->kind == EntityKind::kSnapshot) {
+            return fail(ErrorCode::kInvalidArgument,
+                        fmt::format("'{}' is a snapshot: remove it as one", name));
+        }
+        if (!chosen.insert(entity->id).second) {
+            continue;
+        }
+        for (EntityPtr& snapshot : catalog_.snapshots_of(entity->id)) {
+            entities.push_back(std::move(snapshot));
+        }
+        entities.push_back(entity);
+    }
+    return remove_entities(entities);
+}
+
+Result<void> PoolImpl::remove_snapshot(std::string_view volume, std::string_view snapshot) {
+    const std::lock_guard lock(operations_);
+    STELLARIUM_ASSIGN(const EntityPtr entity,
+                      catalog_.find(fmt::format("{}@{}", volume, snapshot)));
+    return remove_entities({entity});
+}
+
+/// The operation lock is held. Snapshots come before their volume.
+Result<void> PoolImpl::remove_entities(const std::vector<EntityPtr>& entities) {
+    for (const EntityPtr& entity : entities) {
+        STELLARIUM_TRY(check_not_attached(*entity, "removed"));
+    }
+    std::vector<PendingRecord> records;
+    for (size_t i = 0; i < entities.size(); i += kMaxIdsPerRecord) {
+        RemoveRecord record;
+        for (size_t k = i; k < std::min(entities.size(), i + kMaxIdsPerRecord); ++k) {
+            record.ids.push_back(entities[k]->id);
+        }
+        records.push_back(PendingRecord::of(record));
+    }
+    if (records.empty()) {
+        return {};
+    }
+    uint64_t sequence = 0;
+    {
+        std::vector<EntityPtr> ordered = entities;
+        std::sort(ordered.begin(), ordered.end(),
+                  [](const EntityPtr& a, const EntityPtr& b) { return a->id < b->id; });
+        std::vector<std::unique_lock<std::mutex>> locks;
+        locks.reserve(ordered.size());
+        for (const EntityPtr& entity : ordered) {
+            locks.emplace_back(entity->commit_mutex);
+        }
+        STELLARIUM_ASSIGN(sequence, commit_alone(records));
+        for (const EntityPtr& entity : entities) {
+            if (const auto volume = running(entity)) {
+                volume->drop(0, kMaxPages);
+                const std::lock_guard lock(running_mutex_);
+                running_.erase(entity->id);
+            }
+        }
+    }
+    return settle(sequence);
+}
+
+// --- Snapshots -----------------------------------------------------------------------------------
+
+Result<EntityInfo> PoolImpl::create_snapshot(std::string_view name, std::string_view snapshot) {
+    STELLARIUM_TRY(check_name(snapshot));
+    uint64_t sequence = 0;
+    EntityPtr made;
+    {
+        const std::lock_guard lock(operations_);
+        STELLARIUM_ASSIGN(const EntityPtr volume, catalog_.find(name, EntityKind::kVolume));
+        const std::string full_name = fmt::format("{}@{}", name, snapshot);
+        if (catalog_.find(full_name)) {
+            return fail(ErrorCode::kAlreadyExists,
+                        fmt::format("a snapshot named '{}' exists", full_name));
+        }
+        STELLARIUM_TRY(check_room(1));
+        const SnapshotRecord record{.id = catalog_.next_id(),
+                                    .volume = volume->id,
+                                    .created_ns = now_ns(),
+                                    .name = std::string(snapshot)};
+        const PendingRecord pending = PendingRecord::of(record);
+        STELLARIUM_ASSIGN(sequence, commit_on(volume, std::span(&pending, 1)));
+        made = catalog_.find(record.id);
+    }
+    STELLARIUM_TRY(settle(sequence));
+    return info(*made);
+}
+
+Result<void> PoolImpl::rollback(std::string_view name, std::string_view snapshot) {
+    uint64_t sequence = 0;
+    {
+        const std::lock_guard lock(operations_);
+        STELLARIUM_ASSIGN(const EntityPtr volume, catalog_.find(name, EntityKind::kVolume));
+        STELLARIUM_ASSIGN(const EntityPtr target,
+                          catalog_.find(fmt::format("{}@{}", name, snapshot)));
+        STELLARIUM_TRY(check_not_attached(*volume, "rolled back"));
+        const PendingRecord pending =
+            PendingRecord::of(RollbackRecord{.volume = volume->id, .snapshot = target->id});
+        STELLARIUM_ASSIGN(sequence, commit_on(volume, std::span(&pending, 1)));
+    }
+    return settle(sequence);
+}
+
+// --- Looking -------------------------------------------------------------------------------------
+
+EntityInfo PoolImpl::info(const Entity& entity) const {
+    const Catalog::Description description = catalog_.describe(entity);
+    EntityInfo result{.kind = entity.kind,
+                      .id = entity.id,
+                      .name = description.name,
+                      .size_bytes = entity.size_bytes(),
+                      .parent = description.parent,
+                      .parent_removed = description.parent_removed,
+                      .created = std::chrono::nanoseconds(entity.created_ns),
+                      .attached = false,
+                      .attachment = {},
+                      .dirty_bytes = 0,
+                      .snapshots = description.snapshots};
+    if (auto label = attachment_label(entity)) {
+        result.attached = true;
+        result.attachment = *std::move(label);
+    }
+    const std::lock_guard lock(running_mutex_);
+    const auto it = running_.find(entity.id);
+    if (it != running_.end()) {
+        result.dirty_bytes = it->second->dirty_bytes();
+    }
+    return result;
+}
+
+std::vector<EntityInfo> PoolImpl::infos(EntityKind kind) const {
+    std::vector<EntityInfo> result;
+    for (const EntityPtr& entity : catalog_.list(kind)) {
+        result.push_back(info(*entity));
+    }
+    return result;
+}
+
+Result<std::vector<EntityInfo>> PoolImpl::snapshots(std::string_view name) const {
+    if (name.empty()) {
+        return infos(EntityKind::kSnapshot);
+    }
+    STELLARIUM_ASSIGN(const EntityPtr volume, catalog_.find(name, EntityKind::kVolume));
+    std::vector<EntityInfo> result;
+    for (const EntityPtr& entity : catalog_.snapshots_of(volume->id)) {
+        result.push_back(info(*entity));
+    }
+    return result;
+}
+
+Result<EntityInfo> PoolImpl::find(std::string_view source) const {
+    STELLARIUM_ASSIGN(const EntityPtr entity, catalog_.find(source));
+    return info(*entity);
+}
+
+Result<VolumeState> PoolImpl::present_state(const EntityPtr& entity) {
+    const auto volume = running(entity);
+    if (!volume || !volume->dirty()) {
+        // A commit that is under way has not published everything that it cut.
+        const std::lock_guard lock(entity->commit_mutex);
+        return entity->state();
+    }
+    const std::lock_guard lock(entity->commit_mutex);
+    STELLARIUM_TRY(committer_->commit(std::span(&volume, 1), {}));
+    return entity->state();
+}
+
+Result<EntityDetail> PoolImpl::detail(std::string_view source) {
+    STELLARIUM_ASSIGN(const EntityPtr entity, catalog_.find(source));
+    STELLARIUM_ASSIGN(const VolumeState state, present_state(entity));
+    EntityDetail result;
+    result.info = info(*entity);
+    STELLARIUM_TRY(for_each_leaf(*store_, cache_, state, 0, [&](uint64_t leaf) -> Result<bool> {
+        STELLARIUM_ASSIGN(const Extents extents, effective_leaf(*store_, cache_, state, leaf));
+        result.extents += extents.size();
+        for (const Extent& extent : extents) {
+            result.data_bytes += extent.pages * kPageBytes;
+        }
+        return true;
+    }));
+    if (state.delta.empty()) {
+        result.root = state.root.id;
+    } else {
+        STELLARIUM_ASSIGN(const NodeRef root, fold_all(*store_, cache_, state));
+        result.root = root.id;
+    }
+    const Entity* each = entity.get();
+    EntityPtr keep;
+    while (each != nullptr && result.lineage.size() < kMaxLineage) {
+        const Catalog::Description description = catalog_.describe(*each);
+        if (description.parent.empty()) {
+            break;
+        }
+        result.lineage.push_back(description.parent);
+        keep = description.parent_removed ? nullptr : catalog_.find(each->parent);
+        each = keep.get();
+    }
+    return result;
+}
+
+Result<std::unique_ptr<Reader>> PoolImpl::open_reader(std::string_view source) {
+    STELLARIUM_ASSIGN(const EntityPtr entity, catalog_.find(source));
+    STELLARIUM_ASSIGN(VolumeState state, present_state(entity));
+    return std::make_unique<StateReader>(*store_, cache_, std::move(state));
+}
+
+Result<void> PoolImpl::diff(std::string_view a, std::string_view b,
+                            const std::function<Result<void>(DiffRange)>& visit) {
+    STELLARIUM_ASSIGN(const EntityPtr first, catalog_.find(a));
+    STELLARIUM_ASSIGN(const EntityPtr second, catalog_.find(b));
+    STELLARIUM_ASSIGN(const VolumeState first_state, present_state(first));
+    STELLARIUM_ASSIGN(const VolumeState second_state, present_state(second));
+    const uint64_t end_bytes = std::max(first_state.size_bytes, second_state.size_bytes);
+    return nova::diff(*store_, cache_, first_state, second_state, /*compare_content=*/true,
+                      [&](uint64_t first_page, uint64_t pages) -> Result<void> {
+                          const uint64_t start = first_page * kPageBytes;
+                          const uint64_t stop =
+                              std::min(end_bytes, (first_page + pages) * kPageBytes);
+                          if (start >= stop) {
+                              return {};
+                          }
+                          return visit({.offset_bytes = start, .length_bytes = stop - start});
+                      });
+}
+
+// --- Attachments ---------------------------------------------------------------------------------
+
+Result<void> PoolImpl::set_attachment(std::string_view source,
+                                      std::optional<AttachmentRecord> record) {
+    if (record && (record->label.size() > kMaxLabelBytes ||
+                   record->options.size() > kMaxAttachmentOptionsBytes)) {
+        return fail(ErrorCode::kInvalidArgument,
+                    fmt::format("an attachment's label may take {} bytes and its options {}",
+                                kMaxLabelBytes, kMaxAttachmentOptionsBytes));
+    }
+    uint64_t sequence = 0;
+    {
+        const std::lock_guard lock(operations_);
+        STELLARIUM_ASSIGN(const EntityPtr entity, catalog_.find(source));
+        AttachmentChangeRecord change{.id = entity->id, .body = std::nullopt};
+        if (record) {
+            change.body = AttachmentRecordBody{.label = std::move(record->label),
+                                               .options = std::move(record->options)};
+        }
+        const PendingRecord pending = PendingRecord::of(change);
+        STELLARIUM_ASSIGN(sequence, commit_alone(std::span(&pending, 1)));
+    }
+    return settle(sequence);
+}
+
+std::vector<Pool::AttachmentRecord> PoolImpl::attachments() const {
+    std::vector<AttachmentRecord> result;
+    for (const EntityPtr& entity : catalog_.attached()) {
+        Catalog::Description description = catalog_.describe(*entity);
+        if (description.attachment) {
+            result.push_back({.source = std::move(description.name),
+                              .label = std::move(description.attachment->label),
+                              .options = std::move(description.attachment->options)});
+        }
+    }
+    return result;
+}
+
+// --- The whole -----------------------------------------------------------------------------------
+
+PoolStats PoolImpl::stats() const {
+    PoolStats stats;
+    stats.store = store_->stats();
+    for (const EntityPtr& entity : catalog_.all()) {
+        switch (entity->kind) {
+            case EntityKind::kImage:
+                ++stats.images;
+                stats.logical_bytes += entity->size_bytes();
+                break;
+            case EntityKind::kVolume:
+                ++stats.volumes;
+                stats.logical_bytes += entity->size_bytes();
+                stats.delta_extents += entity->state().delta.extents();
+                break;
+            case EntityKind::kSnapshot:
+                ++stats.snapshots;
+                break;
+        }
+    }
+    stats.attachments = catalog_.attached().size();
+    stats.imported_bytes = catalog_.imported_bytes();
+    stats.written_bytes = catalog_.written_bytes();
+    stats.dirty_bytes = arena_->used_bytes();
+    stats.node_cache_bytes = cache_.memory_bytes();
+    return stats;
+}
+
+std::optional<std::string> PoolImpl::read_only_reason() const {
+    if (auto reason = store_->read_only_reason()) {
+        return reason;
+    }
+    if (committer_) {
+        if (const auto broken = committer_->broken()) {
+            return broken->message();
+        }
+    }
+    return std::nullopt;
+}
+
+std::vector<std::string> PoolImpl::warnings() const {
+    std::vector<std::string> all = store_->warnings();
+    all.insert(all.end(), own_warnings_.begin(), own_warnings_.end());
+    return all;
+}
+
+// --- Maintenance ---------------------------------------------------------------------------------
+
+Result<void> PoolImpl::fold_where_due() {
+    const Folder folder(*store_, cache_, catalog_, *committer_);
+    return folder.fold_where_due();
+}
+
+Result<void> PoolImpl::checkpoint() {
+    const std::lock_guard one(checkpoint_mutex_);
+    STELLARIUM_TRY(fold_where_due());
+    uint64_t sequence = 0;
+    Catalog::Frozen frozen;
+    {
+        const auto gate = committer_->close_gate();
+        if (const auto broken = committer_->broken()) {
+            return std::unexpected(*broken);
+        }
+        sequence = store_->sequence();
+        frozen = catalog_.freeze();
+    }
+    STELLARIUM_ASSIGN(const std::vector<std::byte> payload, Catalog::save(*store_, frozen));
+    return store_->checkpoint(sequence, payload);
+}
+
+void PoolImpl::after_commit() {
+    if (store_->bytes_since_checkpoint() <= options_.checkpoint_bytes) {
+        return;
+    }
+    if (!options_.background) {
+        // Nobody waits for it: the next one will say what is wrong.
+        const auto ignored = checkpoint();
+        static_cast<void>(ignored);
+        return;
+    }
+    const std::lock_guard lock(maintenance_mutex_);
+    maintenance_due_ = true;
+    maintenance_work_.notify_one();
+}
+
+void PoolImpl::run_maintenance() {
+    std::unique_lock lock(maintenance_mutex_);
+    while (!maintenance_stopping_) {
+        if (!maintenance_due_) {
+            maintenance_work_.wait(lock);
+            continue;
+        }
+        maintenance_due_ = false;
+        lock.unlock();
+        // A failed checkpoint costs a longer replay, and is tried again after the next commit.
+        const auto ignored = checkpoint();
+        static_cast<void>(ignored);
+        lock.lock();
+    }
+}
+
+}  // namespace
+
+// --- Pool ----------------------------------------------------------------------------------------
+
+Result<void> Pool::create(const io::Env& env, const std::string& directory,
+                          const PoolOptions& options) {
+    return nebula::Store::create(env, directory, options.store);
+}
+
+Result<std::unique_ptr<Pool>> Pool::open(const io::Env& env, const std::string& directory,
+                                         const PoolOptions& options) {
+    STELLARIUM_ASSIGN(auto store, nebula::Store::open(env, directory, options.store));
+    auto pool = std::make_unique<PoolImpl>(env, options, std::move(store));
+    STELLARIUM_TRY(pool->recover());
+    return std::unique_ptr<Pool>(std::move(pool));
+}
+
+}  // namespace stellarium::nova

@@ -1,0 +1,189 @@
+#include "nova/reader.h"
+
+#include <algorithm>
+#include <array>
+
+#include "nova/limits.h"
+
+namespace stellarium::nova {
+namespace {
+
+/// The first extent that ends after `page`.
+const Extent* first_after(const Extents& extents, uint32_t page) {
+    const auto it = std::partition_point(extents.begin(), extents.end(),
+                                         [page](const Extent& e) { return e.end_page() <= page; });
+    return it == extents.end() ? nullptr : &*it;
+}
+
+/// Collects physically consecutive pages and reads them in one call.
+class RunReader {
+  public:
+    RunReader(nebula::Store& store, IovecCursor& into, IoMode mode)
+        : store_(store), into_(into), mode_(mode) {}
+
+    /// The next `length_bytes` of the target are zeros.
+    Result<void> zeros(uint64_t length_bytes) {
+        STELLARIUM_TRY(finish());
+        into_.fill_zero(length_bytes);
+        return {};
+    }
+
+    /// The next `length_bytes` of the target are the bytes from `skip_bytes` on of the page at
+    /// `address` and the pages after it.
+    Result<void> pages(nebula::PageAddress address, uint64_t skip_bytes, uint64_t length_bytes) {
+        const bool continues = !parts_.empty() && skip_bytes == 0 &&
+                               address.value() == next_value_ && address.page() != 0 &&
+                               bytes_ + length_bytes <= kMaxReadRunBytes &&
+                               bytes_ % kPageBytes == 0;
+        if (!continues) {
+            STELLARIUM_TRY(finish());
+            first_ = address;
+            if (skip_bytes != 0) {
+                parts_.push_back(to_iovec(MutableBytes(before_).first(skip_bytes)));
+            }
+            bytes_ = skip_bytes;
+        }
+        into_.take(length_bytes, parts_);
+        bytes_ += length_bytes;
+        const uint64_t page_count = (skip_bytes + length_bytes + kPageBytes - 1) / kPageBytes;
+        next_value_ = address.value() + page_count;
+        return {};
+    }
+
+    /// Reads what was collected.
+    Result<void> finish() {
+        if (parts_.empty()) {
+            return {};
+        }
+        const uint64_t beyond = bytes_ % kPageBytes;
+        if (beyond != 0) {
+            parts_.push_back(to_iovec(MutableBytes(after_).first(kPageBytes - beyond)));
+        }
+        auto done = store_.read(first_, parts_, mode_ == IoMode::kNoWait);
+        parts_.clear();
+        bytes_ = 0;
+        return done;
+    }
+
+  private:
+    nebula::Store& store_;
+    IovecCursor& into_;
+    IoMode mode_;
+    std::vector<iovec> parts_;
+    uint64_t bytes_ = 0;  ///< In parts_.
+    nebula::PageAddress first_;
+    uint64_t next_value_ = 0;  ///< The address after the last page collected.
+    // Where the parts of the first and last page go that were not asked for.
+    std::array<std::byte, kPageBytes> before_;
+    std::array<std::byte, kPageBytes> after_;
+};
+
+Result<nebula::PageAddress> address_of(nebula::Store& store, const Extent& extent, uint32_t page,
+                                       IoMode mode) {
+    if (extent.chunk_address) {
+        return extent.address_of(page);
+    }
+    if (mode == IoMode::kNoWait) {
+        return fail(ErrorCode::kWouldBlock, "a chunk has to be looked up");
+    }
+    STELLARIUM_ASSIGN(const nebula::ChunkLocation location, store.resolve(extent.id));
+    return nebula::PageAddress(location.address.value() + extent.first_in_chunk +
+                               (page - extent.first_page));
+}
+
+}  // namespace
+
+Result<void> read_state(nebula::Store& store, NodeCache& cache, const VolumeState& state,
+                        uint64_t offset_bytes, IovecCursor& into, uint64_t length_bytes,
+                        IoMode mode) {
+    RunReader run(store, into, mode);
+    const uint64_t end_bytes = offset_bytes + length_bytes;
+    const uint64_t mapped_end_bytes =
+        std::max(offset_bytes, std::min(end_bytes, state.pages() * kPageBytes));
+    uint64_t position = offset_bytes;
+    while (position < mapped_end_bytes) {
+        const uint64_t leaf = position / kLeafBytes;
+        const uint64_t leaf_start = leaf * kLeafBytes;
+        const uint64_t stop = std::min(mapped_end_bytes, leaf_start + kLeafBytes);
+        STELLARIUM_ASSIGN(const auto delta, state.delta.find(store, leaf, mode));
+        std::shared_ptr<const DecodedLeaf> base;  // Looked up when the delta leaves a gap.
+        while (position < stop) {
+            const auto page = static_cast<uint32_t>((position - leaf_start) / kPageBytes);
+            const Extent* extent = delta ? first_after(*delta, page) : nullptr;
+            uint64_t limit = stop;
+            if (extent != nullptr && extent->first_page > page) {
+                limit = std::min(stop, leaf_start + extent->first_page * kPageBytes);
+                extent = nullptr;
+            }
+            if (extent == nullptr) {
+                if (!base) {
+                    STELLARIUM_ASSIGN(base, cache.leaf(store, state.root, leaf, mode));
+                }
+                extent = first_after(base->extents, page);
+                if (extent != nullptr && extent->first_page > page) {
+                    limit = std::min(limit, leaf_start + extent->first_page * kPageBytes);
+                    extent = nullptr;
+                }
+            }
+            if (extent != nullptr) {
+                limit = std::min(limit, leaf_start + extent->end_page() * kPageBytes);
+            }
+            if (extent == nullptr || extent->hole) {
+                STELLARIUM_TRY(run.zeros(limit - position));
+            } else {
+                STELLARIUM_ASSIGN(const nebula::PageAddress address,
+                                  address_of(store, *extent, page, mode));
+                STELLARIUM_TRY(run.pages(address, position % kPageBytes, limit - position));
+            }
+            position = limit;
+        }
+    }
+    STELLARIUM_TRY(run.finish());
+    into.fill_zero(end_bytes - position);
+    return {};
+}
+
+Result<std::optional<std::pair<uint64_t, uint64_t>>> next_data(nebula::Store& store,
+                                                               NodeCache& cache,
+                                                               const VolumeState& state,
+                                                               uint64_t offset_bytes) {
+    std::optional<std::pair<uint64_t, uint64_t>> found;  // First and end page.
+    if (offset_bytes >= state.size_bytes) {
+        return std::nullopt;
+    }
+    const uint64_t first_page = offset_bytes / kPageBytes;
+    STELLARIUM_TRY(for_each_leaf(
+        store, cache, state, first_page / kPagesPerLeaf, [&](uint64_t leaf) -> Result<bool> {
+            if (found && found->second != leaf * kPagesPerLeaf) {
+                return false;
+            }
+            STELLARIUM_ASSIGN(const Extents extents, effective_leaf(store, cache, state, leaf));
+            for (const Extent& extent : extents) {
+                const uint64_t start =
+                    std::max(first_page, leaf * kPagesPerLeaf + extent.first_page);
+                const uint64_t end = leaf * kPagesPerLeaf + extent.end_page();
+                if (end <= start) {
+                    continue;
+                }
+                if (!found) {
+                    found.emplace(start, end);
+                } else if (found->second == start) {
+                    found->second = end;
+                } else {
+                    return false;
+                }
+            }
+            return !found || (found->second - found->first) * kPageBytes < kMaxDataRangeBytes;
+        }));
+    if (!found) {
+        return std::nullopt;
+    }
+    const uint64_t start = std::max(offset_bytes, found->first * kPageBytes);
+    const uint64_t end = std::min(state.size_bytes, found->second * kPageBytes);
+    if (start >= end) {
+        return std::nullopt;
+    }
+    return std::pair(start, end - start);
+}
+
+}  // namespace stellarium::nova

@@ -1,0 +1,40 @@
+// Reading the content that a volume's state names: delta over leaf, extents, segments.
+//
+// What is physically consecutive is read in one piece, straight into the caller's buffers; holes
+// are filled with zeros. Dirty pages are not looked at: that is volume.h.
+//
+//     IovecCursor cursor(buffers);
+//     STELLARIUM_TRY(read_state(store, cache, state, offset_bytes, cursor, length_bytes, mode));
+//
+// Thread rule: any function from any thread; a state is a value of the caller's own.
+// Errors: kWouldBlock with IoMode::kNoWait when something is not in memory (the buffers may be
+// partly overwritten then); kCorrupt; those of nebula/store.h.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <utility>
+
+#include "base/block_device.h"
+#include "base/error.h"
+#include "nebula/store.h"
+#include "nova/iovecs.h"
+#include "nova/tree.h"
+
+namespace stellarium::nova {
+
+/// Fills the next `length_bytes` of `into` with the content from `offset_bytes` on. Any offset and
+/// length; what lies beyond the size reads as zeros.
+Result<void> read_state(nebula::Store& store, NodeCache& cache, const VolumeState& state,
+                        uint64_t offset_bytes, IovecCursor& into, uint64_t length_bytes,
+                        IoMode mode);
+
+/// The first mapped range at or after `offset_bytes`, as (offset, length), in whole pages but cut
+/// at the size; ranges that touch are merged, up to kMaxDataRangeBytes. nullopt: only holes follow.
+Result<std::optional<std::pair<uint64_t, uint64_t>>> next_data(nebula::Store& store,
+                                                               NodeCache& cache,
+                                                               const VolumeState& state,
+                                                               uint64_t offset_bytes);
+
+}  // namespace stellarium::nova

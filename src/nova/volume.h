@@ -1,0 +1,173 @@
+// The running side of a volume: its dirty pages, and the guest's reads and writes.
+//
+// A write goes into the dirty arena and is complete. The committer (committer.h) later cuts the
+// dirty set at one moment, appends it to the log, publishes the new state and only then forgets the
+// dirty pages. A read asks the dirty map first and the state second. Hence a read that runs beside
+// a commit finds a page either dirty or in the new state, never in an older one.
+//
+// The dirty map is sharded by leaf; a shard maps page numbers to arena slots. A slot's data never
+// changes once it is published: rewriting a page takes a fresh slot. Writes of less than a page
+// copy the rest of the page from its present version, which may have to be read from disk; the page
+// is marked busy meanwhile. Whoever replaces a busy page says so in the mark, and the writer starts
+// again from the new version; so nobody waits for anybody's disk, except two partial writes of one
+// page for each other.
+//
+// Thread rule: read, write, discard from any thread at the same time. cut() and settle() only with
+// the entity's commit_mutex held.
+// Durability: base/block_device.h.
+// Errors: kInvalidArgument for requests out of range; kWouldBlock with kNoWait; while the volume's
+// write-back fails (kNoSpace), writes that need room fail with that error.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <shared_mutex>
+#include <span>
+#include <vector>
+
+#include <absl/container/flat_hash_map.h>
+#include <absl/container/flat_hash_set.h>
+
+#include "base/block_device.h"
+#include "base/error.h"
+#include "nebula/store.h"
+#include "nova/arena.h"
+#include "nova/catalog.h"
+#include "nova/iovecs.h"
+#include "nova/tree.h"
+
+namespace stellarium::nova {
+
+class Volume;
+
+/// What a volume needs from whoever writes its dirty pages back.
+class Writeback {
+  public:
+    virtual ~Writeback() = default;
+    /// The volume has become dirty. Called once until its next cut().
+    virtual void note_dirty(const std::shared_ptr<Volume>& volume) = 0;
+    /// The arena is more than half full. Cheap; called often.
+    virtual void note_pressure() = 0;
+    /// A writer of this volume waits for room. Either starts to write back and returns, or (without
+    /// background threads) has written back when it returns.
+    virtual Result<void> make_room(const std::shared_ptr<Volume>& volume) = 0;
+    /// Appends a hole over whole leaves, which is too large for the arena, and drops what is dirty
+    /// in it.
+    virtual Result<void> discard_leaves(Volume& volume, uint64_t first_page, uint64_t pages) = 0;
+};
+
+/// One dirty page as it was at a cut.
+struct DirtyPage {
+    uint64_t page = 0;
+    Slot slot = kNoSlot;
+    bool zero = false;  ///< The slot holds no data: the page is zeros.
+};
+
+class Volume : public std::enable_shared_from_this<Volume> {
+  public:
+    Volume(nebula::Store& store, NodeCache& cache, Arena& arena, Writeback& writeback,
+           EntityPtr entity);
+    /// Slots of pages that are still dirty stay valid in the arena, for the next process.
+    ~Volume();
+    Volume(const Volume&) = delete;
+    Volume& operator=(const Volume&) = delete;
+
+    const EntityPtr& entity() const { return entity_; }
+    /// Of an image: its length rounded up to sectors.
+    uint64_t size_bytes() const;
+
+    Result<void> read(uint64_t offset_bytes, std::span<const iovec> into, IoMode mode);
+    Result<void> write(uint64_t offset_bytes, std::span<const iovec> from, IoMode mode);
+    Result<void> discard(uint64_t offset_bytes, uint64_t length_bytes, IoMode mode);
+
+    bool dirty() const { return dirty_pages_.load(std::memory_order_acquire) != 0; }
+    uint64_t dirty_bytes() const { return held_slots_.load() * kPageBytes; }
+
+    // --- For the committer -----------------------------------------------------------------------
+
+    /// All pages that are dirty at one moment, ascending. Their slots stay as they are until
+    /// settle().
+    std::vector<DirtyPage> cut();
+    /// Ends the use of some pages of a cut; a leaf's pages all at once. `committed`: the published
+    /// state has them, so those that were not written again are clean now.
+    void settle(std::span<const DirtyPage> pages, bool committed);
+    /// Forgets everything dirty in a range, as a discard of it does.
+    void drop(uint64_t first_page, uint64_t pages);
+
+    /// The last batch that holds something of this volume.
+    uint64_t last_sequence() const { return last_sequence_.load(std::memory_order_acquire); }
+    void set_last_sequence(uint64_t sequence) {
+        last_sequence_.store(sequence, std::memory_order_release);
+    }
+    /// A write-back failed: writers that wait for room get the error.
+    void fail_writers(const Error& error);
+
+    // --- For the pool ----------------------------------------------------------------------------
+
+    /// Takes over a slot that the last process left. In sequence order, before any other call.
+    void adopt(const Arena::Found& found);
+
+  private:
+    static constexpr size_t kShards = 16;
+    static constexpr Slot kZeroFlag = Slot{1} << 31;
+    static_assert(kMaxDirtyBudgetBytes / kPageBytes < kZeroFlag);
+
+    /// A page whose rest is being read for a partial write.
+    struct Busy {
+        uint64_t page = 0;
+        bool superseded = false;  ///< Somebody replaced the page since.
+    };
+    struct alignas(64) Shard {
+        mutable std::shared_mutex mutex;
+        absl::flat_hash_map<uint64_t, Slot> pages;       ///< Slot, with kZeroFlag for zeros.
+        absl::flat_hash_map<Slot, uint32_t> zero_pages;  ///< Pages that a slot of zeros covers.
+        absl::flat_hash_set<Slot> in_flight;             ///< Part of the present cut.
+        std::vector<Busy> busy;
+        std::condition_variable_any busy_done;
+    };
+    struct PartialPage;
+    class BusyPages;
+
+    Shard& shard_of(uint64_t page) { return shards_[page / kPagesPerLeaf % kShards]; }
+
+    Result<void> check_range(uint64_t offset_bytes, uint64_t length_bytes) const;
+    uint64_t max_piece_bytes() const;
+    Result<void> reserve(uint32_t count, std::vector<Slot>& out, IoMode mode);
+    void give_back(std::span<const Slot> slots);
+    Result<void> write_piece(uint64_t offset_bytes, uint64_t length_bytes, IovecCursor* from,
+                             IoMode mode);
+    Result<void> load_page(uint64_t page, MutableBytes into, IoMode mode);
+    Result<void> commit_partial(PartialPage& partial, IoMode mode);
+    Result<void> discard_pages(uint64_t first_page, uint64_t end_page, IoMode mode);
+
+    // With the shard's mutex held exclusively.
+    void map_page(Shard& shard, uint64_t page, Slot slot, uint64_t checksum,
+                  std::vector<Slot>& released);
+    void unmap(Shard& shard, uint64_t page, Slot value, std::vector<Slot>& released);
+    static void supersede(Shard& shard, uint64_t first_page, uint64_t end_page);
+
+    void became_dirty();
+
+    nebula::Store& store_;
+    NodeCache& cache_;
+    Arena& arena_;
+    Writeback& writeback_;
+    const EntityPtr entity_;
+
+    std::array<Shard, kShards> shards_;
+    std::atomic<uint64_t> dirty_pages_{0};  ///< Entries of all shards.
+    std::atomic<uint64_t> held_slots_{0};
+    std::atomic<bool> noted_dirty_{false};
+    std::atomic<uint64_t> last_sequence_{0};
+
+    std::mutex failure_mutex_;
+    std::optional<Error> failure_;       ///< Of the last write-back. Guarded by failure_mutex_.
+    std::atomic<uint64_t> failures_{0};  ///< How many there were.
+};
+
+}  // namespace stellarium::nova
