@@ -80,8 +80,9 @@ struct SuperblockSlot {
     U64Le appended_bytes;
     U64Le duplicate_bytes;
     U32Le payload_bytes;
-    U32Le index_segment;  ///< The index file has every entry of the segments below this one.
-    std::array<uint8_t, 96> reserved;
+    U32Le index_segment;         ///< The index file has every entry of the segments below this one.
+    U64Le index_appended_bytes;  ///< appended_bytes when the index file was written.
+    std::array<uint8_t, 88> reserved;
     std::array<uint8_t, kMaxCheckpointPayload> payload;
     std::array<uint8_t, kPageBytes - 256 - kMaxCheckpointPayload> padding;
 };

@@ -4,6 +4,7 @@
 #include <cassert>
 #include <charconv>
 #include <cstring>
+#include <deque>
 #include <utility>
 
 #include <fmt/format.h>
@@ -177,50 +178,65 @@ Result<ScannedBatch> read_batch(io::File& file, const StoreId& store_id, uint32_
     batch.records = view.header->records;
     batch.entries.reserve(view.entries.size());
 
-    const uint32_t data_page = page + view.header->header_pages.get();
-    const bool has_packs = std::ranges::any_of(
-        view.entries, [](const Entry& entry) { return entry.entry_kind() == EntryKind::kPack; });
-    if (check == DataCheck::kNone && !has_packs) {
-        batch.entries.assign(view.entries.begin(), view.entries.end());
-        return batch;
-    }
-
-    std::vector<std::byte> data(size_t{batch.end_page - data_page} * kPageBytes);
-    if (auto read = io::read_exact(file, data, page_offset(data_page)); !read) {
-        if (read.error().code() != ErrorCode::kCorrupt) {
-            return std::unexpected(std::move(read).error());
+    // The members of packs stand in the packs only. Without checking the data, packs alone are
+    // read.
+    std::vector<std::byte> data;
+    std::deque<std::vector<std::byte>> packs;
+    std::vector<Bytes> contents(view.entries.size());
+    const auto read_or_note_end = [&](MutableBytes into, uint32_t from_page) -> Result<bool> {
+        auto read = io::read_exact(file, into, page_offset(from_page));
+        if (!read && read.error().code() == ErrorCode::kCorrupt) {
+            batch.damage.push_back(read.error().message());
+            return false;
         }
-        // The file ends within the batch's data: none of it can be trusted.
-        batch.entries.assign(view.entries.begin(), view.entries.end());
-        batch.damage.push_back(read.error().message());
-        return batch;
-    }
-    const auto content_of = [&](const Entry& entry) {
-        return Bytes(data).subspan(entry.offset_bytes() - page_offset(data_page),
-                                   entry.length.get());
+        STELLARIUM_TRY(std::move(read));
+        return true;
     };
+    if (check == DataCheck::kHashes) {
+        const uint32_t data_page = page + view.header->header_pages.get();
+        data.resize(size_t{batch.end_page - data_page} * kPageBytes);
+        STELLARIUM_ASSIGN(const bool complete, read_or_note_end(data, data_page));
+        for (size_t i = 0; complete && i < view.entries.size(); ++i) {
+            contents[i] = Bytes(data).subspan(
+                view.entries[i].offset_bytes() - page_offset(data_page), view.entries[i].length);
+        }
+    } else {
+        for (size_t i = 0; i < view.entries.size(); ++i) {
+            if (view.entries[i].entry_kind() != EntryKind::kPack) {
+                continue;
+            }
+            packs.emplace_back(view.entries[i].length);
+            STELLARIUM_ASSIGN(const bool complete,
+                              read_or_note_end(packs.back(), view.entries[i].page));
+            if (complete) {
+                contents[i] = packs.back();
+            }
+        }
+    }
     std::vector<Bytes> inputs;
-    for (const Entry& entry : view.entries) {
-        if (check == DataCheck::kHashes || entry.entry_kind() == EntryKind::kPack) {
-            inputs.push_back(content_of(entry));
+    for (const Bytes content : contents) {
+        if (!content.empty()) {
+            inputs.push_back(content);
         }
     }
     std::vector<Hash256> hashes(inputs.size());
     hash_many(inputs, hashes);
+
     size_t next_hash = 0;
-    for (const Entry& entry : view.entries) {
+    for (size_t i = 0; i < view.entries.size(); ++i) {
+        const Entry& entry = view.entries[i];
         batch.entries.push_back(entry);
-        const bool is_pack = entry.entry_kind() == EntryKind::kPack;
-        if (check == DataCheck::kNone && !is_pack) {
+        if (contents[i].empty()) {
             continue;
         }
         if (const Hash256& found = hashes[next_hash++]; found != entry.id) {
             batch.damage.push_back(mismatch(file.path(), entry, found));
         }
-        if (!is_pack) {
+        if (entry.entry_kind() != EntryKind::kPack) {
             continue;
         }
-        const auto pack = decode_pack(content_of(entry));
+        // A damaged pack may still lead to members that are whole: each is checked when read.
+        const auto pack = decode_pack(contents[i]);
         if (pack) {
             append_member_entries(*pack, entry.page, batch.entries);
         } else {
@@ -455,6 +471,11 @@ Result<std::shared_ptr<io::File>> SegmentSet::file(Segment& segment) {
     return file;
 }
 
+bool SegmentSet::has_open_file(Segment& segment) const {
+    const std::shared_lock lock(segment.mutex_);
+    return segment.file_ != nullptr;
+}
+
 void SegmentSet::note_file_opened(Segment& segment) {
     const std::lock_guard guard(cache_mutex_);
     open_files_.push_back(&segment);
@@ -641,13 +662,16 @@ Result<void> SegmentSet::read_pages(Segment& segment, uint32_t page, std::span<c
                     fmt::format("{}: {} pages from page {} on reach past a segment's end",
                                 path(segment.number()), pages, page));
     }
-    if (check == ReadCheck::kFirst && segment.is_verified(page, static_cast<uint32_t>(pages))) {
+    const bool checked =
+        check == ReadCheck::kFirst && segment.is_verified(page, static_cast<uint32_t>(pages));
+    if (no_wait && (!checked || !has_open_file(segment))) {
+        return fail(ErrorCode::kWouldBlock,
+                    fmt::format("{}: pages from {} on are not checked yet, or the file is not open",
+                                path(segment.number()), page));
+    }
+    if (checked) {
         STELLARIUM_ASSIGN(const auto open_file, file(segment));
         return read_exact_into(*open_file, into, page_offset(page), no_wait);
-    }
-    if (no_wait) {
-        return fail(ErrorCode::kWouldBlock, fmt::format("{}: pages from {} on are not checked yet",
-                                                        path(segment.number()), page));
     }
     return read_checked(segment, page, into);
 }

@@ -154,6 +154,7 @@ class SegmentSet {
 
     /// The file, opened for reading when it is not open yet.
     Result<std::shared_ptr<io::File>> file(Segment& segment);
+    bool has_open_file(Segment& segment) const;
     std::string path(uint32_t number) const;
 
     /// The entry of `id` that starts at `page` (packs themselves excluded); nullopt: none.

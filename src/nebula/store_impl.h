@@ -1,0 +1,248 @@
+// The store behind store.h, private to this component: one class, its parts in four files.
+//
+//   store_open.cc    create, open: superblock, recovery, index
+//   store_lookup.cc  from an id to an entry and its bytes; repair of the index
+//   store_append.cc  deduplicate, lay out, write
+//   store_commit.cc  sync, checkpoint
+//   store.cc         the rest: batches, replay, state, close
+//
+// Thread rule: as store.h. Locks are taken in this order: checkpoint_mutex_, append_mutex_,
+// repair_mutex_, state_mutex_; those inside SegmentSet and ChunkIndex come last. state_mutex_ is
+// never held across a call to the disk.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <fmt/format.h>
+
+#include "nebula/format.h"
+#include "nebula/index.h"
+#include "nebula/recovery.h"
+#include "nebula/segment.h"
+#include "nebula/store.h"
+
+namespace stellarium::nebula {
+
+inline constexpr std::string_view kSuperblockName = "superblock";
+/// The superblock's name until a new store is complete.
+inline constexpr std::string_view kNewSuperblockName = "superblock.new";
+inline constexpr std::string_view kLockName = "lock";
+inline constexpr std::string_view kSegmentsName = "segments";
+
+inline std::string join_path(const std::string& directory, std::string_view name) {
+    return fmt::format("{}/{}", directory, name);
+}
+inline std::string index_file_name(uint32_t generation) {
+    return fmt::format("index-{}.ckpt", generation);
+}
+inline uint32_t pages_for(size_t bytes) {
+    return static_cast<uint32_t>((bytes + kPageBytes - 1) / kPageBytes);
+}
+Result<void> check_options(const StoreOptions& options);
+
+/// A place of the append plan: one distinct id of a batch.
+struct Item {
+    ChunkId id;
+    Bytes content;
+    Bytes aux{};
+    EntryKind kind = EntryKind::kChunk;
+    bool stored = false;    ///< Found, or written by now.
+    PageAddress address{};  ///< Where, once stored.
+};
+
+/// What is written as one run of pages: a chunk, an object, or a pack.
+struct Unit {
+    EntryKind kind = EntryKind::kChunk;
+    ChunkId id;
+    Bytes bytes;
+    size_t item = 0;                ///< Of chunks and objects.
+    std::vector<size_t> members{};  ///< Items, of packs.
+
+    uint32_t pages() const { return pages_for(bytes.size()); }
+    size_t footer_entries() const { return 1 + members.size(); }
+};
+
+struct Plan {
+    std::vector<Item> items;
+    std::vector<size_t> chunk_items;  ///< Of each add_chunk, in order.
+    std::deque<std::vector<std::byte>> packs;
+    std::vector<Unit> units;
+};
+
+/// Lock order: checkpoint_mutex_, append_mutex_, repair_mutex_, state_mutex_; those inside
+/// SegmentSet and ChunkIndex come last.
+class StoreImpl final : public Store {
+  public:
+    StoreImpl(const io::Env& env, std::string directory, const StoreOptions& options)
+        : env_(env),
+          files_(*env.files),
+          directory_(std::move(directory)),
+          options_(options),
+          segment_pages_(static_cast<uint32_t>(options.segment_bytes / kPageBytes)) {}
+
+    Result<void> open();
+
+    Bytes checkpoint_payload() const override {
+        return std::as_bytes(std::span(superblock_.payload)).first(superblock_.payload_bytes);
+    }
+    Result<void> replay(ReplaySink& sink) override;
+    Result<Appended> append(WriteBatch& batch) override;
+    Result<void> sync(uint64_t sequence) override;
+    uint64_t sequence() const override { return sequence_.load(std::memory_order_acquire); }
+    Result<void> contains(std::span<const ChunkId> ids, std::span<bool> out) override;
+    Result<ChunkLocation> resolve(const ChunkId& id, std::optional<PageAddress> hint) override;
+    Result<void> read(PageAddress address, std::span<const iovec> into, bool no_wait) override;
+    Result<ObjectBytes> get_object(const ChunkId& id, std::optional<PageAddress> hint) override;
+    std::optional<PageAddress> object_address(const ChunkId& id) override;
+    void prefetch(PageAddress address, uint32_t pages) override;
+    Result<void> checkpoint(uint64_t sequence, Bytes payload) override;
+    uint64_t bytes_since_checkpoint() const override;
+    StoreStats stats() const override;
+    const std::string& directory() const override { return directory_; }
+    std::array<uint8_t, 16> uuid() const override { return store_id_; }
+    std::optional<std::string> read_only_reason() const override;
+    std::vector<std::string> warnings() const override;
+    Result<void> close() override;
+
+  private:
+    struct Found {
+        Segment* segment = nullptr;
+        Entry entry;
+        PageAddress address() const {
+            return PageAddress::make(segment->number(), entry.page.get());
+        }
+    };
+    /// Which entries answer a question.
+    enum class Want : uint8_t { kAny, kPages };
+    struct Unsynced {
+        std::shared_ptr<io::File> file;
+        uint32_t segment = 0;
+        uint64_t last_sequence = 0;
+    };
+    struct PendingFooter {
+        std::shared_ptr<io::File> file;
+        Segment* segment = nullptr;
+        uint32_t end_page = 0;
+        uint64_t first_sequence = 0;
+        uint64_t last_sequence = 0;
+    };
+    /// The segment that batches go to; guarded by append_mutex_.
+    struct Active {
+        Segment* segment = nullptr;  ///< Null before the first batch.
+        std::shared_ptr<io::File> file;
+        uint32_t end_page = 0;
+        size_t entries = 0;
+        uint64_t first_sequence = 0;
+        uint64_t last_sequence = 0;
+    };
+
+    // Opening.
+    Result<void> read_superblock();
+    Result<void> open_segments();
+    Result<void> apply_recovery(RecoveredLog& log);
+    Result<void> open_index();
+    Result<void> remove_leftovers();
+
+    // Finding.
+    Result<std::optional<Found>> confirm(const ChunkId& id, PageAddress address, Want want);
+    Result<std::optional<Found>> probe(const ChunkId& id, Want want);
+    Result<Found> find(const ChunkId& id, std::optional<PageAddress> hint, Want want);
+    Result<void> probe_items(Plan& plan);
+    Result<void> audit_index();
+    Result<void> repair_index();
+    template <typename Call>
+    auto with_index(Call&& call) -> decltype(call());
+    Result<void> insert_entries(uint32_t segment, std::span<const Entry> entries,
+                                const std::vector<bool>* only_shards);
+
+    // Appending; append_mutex_ is held.
+    Result<void> check_batch(const WriteBatch& batch, size_t& record_bytes) const;
+    static Plan make_plan(const WriteBatch& batch);
+    void make_units(Plan& plan) const;
+    bool fits_empty_segment(uint32_t batch_pages, size_t footer_entries) const;
+    bool fits_active(uint32_t batch_pages, size_t footer_entries) const;
+    Result<void> write_plan(Plan& plan, const WriteBatch& batch, size_t record_bytes,
+                            uint64_t duplicate_bytes);
+    Result<void> write_batch(Plan& plan, std::span<const Unit> units, const WriteBatch* records,
+                             size_t record_bytes, uint64_t duplicate_bytes);
+    Result<void> start_segment();
+    Result<void> write_footer(const PendingFooter& footer);
+
+    // Checkpoints; checkpoint_mutex_ is held.
+    Result<void> sync_footers();
+    Result<void> write_index(SuperblockSlot& slot);
+    void fill_position(SuperblockSlot& slot, uint64_t sequence);
+    Result<void> write_superblock(const SuperblockSlot& slot);
+
+    Result<void> check_usable() const;
+    Result<void> check_writable() const;
+    void poison(const Error& error, std::string_view what);
+    void set_read_only(std::string reason);
+    void warn(std::string sentence) const;
+
+    const io::Env env_;
+    io::FileSystem& files_;
+    const std::string directory_;
+    const StoreOptions options_;
+    const uint32_t segment_pages_;
+    std::unique_ptr<io::FileLock> lock_;
+    std::shared_ptr<io::File> superblock_file_;
+    StoreId store_id_{};
+    std::unique_ptr<SegmentSet> segments_;
+    std::unique_ptr<ChunkIndex> index_;
+    std::atomic<bool> replayed_ = false;
+    std::atomic<bool> closed_ = false;
+    std::atomic<bool> writable_ = true;
+
+    std::mutex checkpoint_mutex_;  ///< One checkpoint at a time; guards superblock_ after open.
+    SuperblockSlot superblock_{};
+    uint64_t index_bytes_written_ = 0;
+
+    std::mutex append_mutex_;  ///< Layout and write of batches: one at a time, in sequence order.
+    Active active_;
+    uint32_t last_segment_ = 0;
+
+    std::mutex repair_mutex_;  ///< One index repair or audit at a time.
+    std::atomic<bool> index_audited_ = false;
+    std::atomic<uint64_t> index_misses_recovered_ = 0;
+
+    mutable std::mutex state_mutex_;  ///< Guards what follows.
+    std::condition_variable sync_done_;
+    bool sync_running_ = false;
+    std::atomic<uint64_t> sequence_ = 0;  ///< Written under state_mutex_.
+    uint64_t highest_sequence_ = 0;
+    uint64_t durable_sequence_ = 0;
+    Counters counters_;
+    uint64_t checkpoint_appended_bytes_ = 0;
+    uint64_t pending_duplicate_bytes_ = 0;  ///< Not yet written into a batch header.
+    std::deque<BatchPosition> batches_;     ///< Those after the checkpoint.
+    std::vector<Unsynced> unsynced_;
+    uint64_t segments_created_ = 0;
+    uint64_t segments_created_synced_ = 0;
+    std::vector<PendingFooter> pending_footers_;  ///< Not yet written, or not yet synced.
+    std::optional<std::string> read_only_reason_;
+    mutable std::vector<std::string> warnings_;
+};
+
+template <typename Call>
+auto StoreImpl::with_index(Call&& call) -> decltype(call()) {
+    for (uint32_t tries = 0;; ++tries) {
+        auto result = call();
+        if (result || result.error().code() != ErrorCode::kCorrupt || tries >= kIndexShards) {
+            return result;
+        }
+        if (auto repaired = repair_index(); !repaired) {
+            return std::unexpected(std::move(repaired).error());
+        }
+    }
+}
+
+}  // namespace stellarium::nebula

@@ -1,0 +1,357 @@
+#include <algorithm>
+#include <utility>
+
+#include "nebula/store_impl.h"
+
+namespace stellarium::nebula {
+namespace {
+
+std::string parent_of(const std::string& directory) {
+    std::string path = directory;
+    while (path.size() > 1 && path.back() == '/') {
+        path.pop_back();
+    }
+    const size_t slash = path.rfind('/');
+    if (slash == std::string::npos) {
+        return ".";
+    }
+    return slash == 0 ? "/" : path.substr(0, slash);
+}
+
+/// Refuses what cannot keep the crash model's promises; adds a warning for what may not.
+Result<void> check_file_system(const io::Env& env, const std::string& directory,
+                               const StoreOptions& options, std::vector<std::string>& warnings) {
+    STELLARIUM_ASSIGN(const io::FileSystemType type, env.files->type(directory));
+    switch (type.kind) {
+        case io::FileSystemKind::kLocal:
+            return {};
+        case io::FileSystemKind::kNetwork:
+            if (!options.allow_unsafe_file_system) {
+                return fail(ErrorCode::kUnsupported,
+                            fmt::format("{} is on a network file system ({}), where locks and "
+                                        "synced data are not sure to survive a crash: use a local "
+                                        "disk, or allow unsafe file systems",
+                                        directory, type.name));
+            }
+            warnings.push_back(
+                fmt::format("{} is on a network file system ({}): after a crash of "
+                            "this host or the server data may be lost",
+                            directory, type.name));
+            return {};
+        case io::FileSystemKind::kMemory:
+            warnings.push_back(
+                fmt::format("{} is on a memory file system ({}): everything is lost "
+                            "when this host restarts",
+                            directory, type.name));
+            return {};
+        case io::FileSystemKind::kOverlay:
+            warnings.push_back(
+                fmt::format("{} is on {}, which is usually thrown away with its "
+                            "container: use a volume or a local disk",
+                            directory, type.name));
+            return {};
+        case io::FileSystemKind::kUnknown:
+            warnings.push_back(
+                fmt::format("{} is on a file system of unknown kind ({}): whether "
+                            "synced data survives a crash there is not known",
+                            directory, type.name));
+            return {};
+    }
+    return {};
+}
+
+}  // namespace
+
+Result<void> check_options(const StoreOptions& options) {
+    if (options.segment_bytes < kMinSegmentBytes ||
+        options.segment_bytes > uint64_t{kSegmentPages} * kPageBytes ||
+        options.segment_bytes % kPageBytes != 0) {
+        return fail(ErrorCode::kInvalidArgument,
+                    fmt::format("segment size {} is not between {} and {} in whole pages",
+                                options.segment_bytes, kMinSegmentBytes,
+                                uint64_t{kSegmentPages} * kPageBytes));
+    }
+    return {};
+}
+
+Result<void> Store::create(const io::Env& env, const std::string& directory,
+                           const StoreOptions& options) {
+    STELLARIUM_TRY(check_options(options));
+    io::FileSystem& files = *env.files;
+    STELLARIUM_ASSIGN(const bool there, files.exists(directory));
+    if (!there) {
+        STELLARIUM_TRY(files.make_directory(directory));
+    }
+    std::vector<std::string> warnings;
+    STELLARIUM_TRY(check_file_system(env, directory, options, warnings));
+    STELLARIUM_ASSIGN(const auto entries, files.list(directory));
+    for (const io::DirectoryEntry& entry : entries) {
+        // What an interrupted creation leaves behind; the superblock's name comes last.
+        if (entry.name == kSegmentsName && entry.is_directory) {
+            STELLARIUM_ASSIGN(const auto inside, files.list(join_path(directory, kSegmentsName)));
+            if (inside.empty()) {
+                continue;
+            }
+        }
+        if (entry.name == kNewSuperblockName || entry.name == kLockName) {
+            continue;
+        }
+        return fail(ErrorCode::kAlreadyExists,
+                    entry.name == kSuperblockName
+                        ? fmt::format("{} already holds a store", directory)
+                        : fmt::format("{} is not empty (it has '{}'): a store needs a directory of "
+                                      "its own",
+                                      directory, entry.name));
+    }
+    STELLARIUM_ASSIGN(const auto lock, files.lock(join_path(directory, kLockName)));
+    const std::string segments = join_path(directory, kSegmentsName);
+    if (auto made = files.make_directory(segments);
+        !made && made.error().code() != ErrorCode::kAlreadyExists) {
+        return made;
+    }
+
+    SuperblockSlot slot{};
+    env.random->fill(std::as_writable_bytes(std::span(slot.store_id)));
+    slot.log_segment = 1;
+    slot.log_page = 1;
+    slot.index_segment = 1;
+    std::vector<std::byte> bytes;
+    for (size_t i = 0; i < kSuperblockSlots; ++i) {
+        slot.generation = i / 2;
+        seal(slot);
+        const Bytes copy = bytes_of(slot);
+        bytes.insert(bytes.end(), copy.begin(), copy.end());
+    }
+    const std::string new_superblock = join_path(directory, kNewSuperblockName);
+    STELLARIUM_ASSIGN(const auto file, files.open(new_superblock, io::OpenMode::kCreate));
+    STELLARIUM_TRY(file->truncate(0));
+    STELLARIUM_TRY(io::write_all(*file, Bytes(bytes), 0));
+    STELLARIUM_TRY(file->datasync());
+    STELLARIUM_TRY(files.sync_directory(segments));
+    STELLARIUM_TRY(files.rename(new_superblock, join_path(directory, kSuperblockName)));
+    STELLARIUM_TRY(files.sync_directory(directory));
+    return files.sync_directory(parent_of(directory));
+}
+
+Result<std::unique_ptr<Store>> Store::open(const io::Env& env, const std::string& directory,
+                                           const StoreOptions& options) {
+    STELLARIUM_TRY(check_options(options));
+    auto store = std::make_unique<StoreImpl>(env, directory, options);
+    STELLARIUM_TRY(store->open());
+    return store;
+}
+
+Result<void> StoreImpl::open() {
+    STELLARIUM_ASSIGN(const bool there, files_.exists(join_path(directory_, kSuperblockName)));
+    if (!there) {
+        return fail(ErrorCode::kNotFound,
+                    fmt::format("{} holds no store (there is no superblock): create one with "
+                                "'stellarctl init'",
+                                directory_));
+    }
+    STELLARIUM_TRY(check_file_system(env_, directory_, options_, warnings_));
+    if (options_.read_only) {
+        set_read_only("it was opened read-only");
+    } else {
+        STELLARIUM_ASSIGN(lock_, files_.lock(join_path(directory_, kLockName)));
+    }
+    STELLARIUM_TRY(read_superblock());
+    segments_ = std::make_unique<SegmentSet>(files_, directory_, store_id_);
+    STELLARIUM_TRY(open_segments());
+    STELLARIUM_TRY(open_index());
+    return remove_leftovers();
+}
+
+Result<void> StoreImpl::read_superblock() {
+    const std::string path = join_path(directory_, kSuperblockName);
+    const auto mode = options_.read_only ? io::OpenMode::kReadOnly : io::OpenMode::kReadWrite;
+    STELLARIUM_ASSIGN(superblock_file_, files_.open(path, mode));
+    std::vector<std::byte> page(kPageBytes);
+    std::optional<SuperblockSlot> newest;
+    std::vector<std::string> damage;
+    for (size_t i = 0; i < kSuperblockSlots; ++i) {
+        const uint64_t offset = i * kPageBytes;
+        auto slot = [&]() -> Result<SuperblockSlot> {
+            STELLARIUM_TRY(io::read_exact(*superblock_file_, page, offset));
+            auto decoded = decode_superblock_slot(page);
+            if (!decoded) {
+                return std::unexpected(
+                    decoded.error().with_context(fmt::format("{} at offset {}", path, offset)));
+            }
+            return decoded;
+        }();
+        if (!slot && slot.error().code() != ErrorCode::kCorrupt) {
+            return std::unexpected(std::move(slot).error());
+        }
+        if (!slot) {
+            damage.push_back(slot.error().message());
+        } else if (!newest || slot->generation > newest->generation) {
+            newest = *slot;
+        }
+    }
+    if (!newest) {
+        return fail(ErrorCode::kCorrupt,
+                    fmt::format("no copy of the superblock is valid: {}; if this is a store, "
+                                "restore the file from a backup",
+                                damage.front()));
+    }
+    const auto why_not_writable =
+        check_versions(newest->read_version, newest->write_version, newest->features_refuse,
+                       newest->features_read_only);
+    if (!why_not_writable) {
+        return std::unexpected(why_not_writable.error().with_context(
+            fmt::format("{} at offset {}", path, 2 * (newest->generation % 2) * kPageBytes)));
+    }
+    if (!why_not_writable->empty()) {
+        set_read_only(fmt::format("{}: {}", path, *why_not_writable));
+    }
+    for (std::string& sentence : damage) {
+        warn(fmt::format("{}; another copy is used", sentence));
+    }
+    superblock_ = *newest;
+    store_id_ = newest->store_id;
+    return {};
+}
+
+Result<void> StoreImpl::open_segments() {
+    const std::string directory = join_path(directory_, kSegmentsName);
+    STELLARIUM_ASSIGN(const auto entries, files_.list(directory));
+    std::vector<uint32_t> numbers;
+    for (const io::DirectoryEntry& entry : entries) {
+        const auto number = parse_segment_file_name(entry.name);
+        if (number && !entry.is_directory) {
+            numbers.push_back(*number);
+        } else {
+            warn(fmt::format("{}/{} is no segment, and is ignored", directory, entry.name));
+        }
+    }
+    std::ranges::sort(numbers);
+    for (const uint32_t number : numbers) {
+        if (number < superblock_.log_segment) {
+            segments_->add(number);
+        }
+    }
+    const bool may_write = writable_.load();
+    if (may_write) {
+        STELLARIUM_TRY(files_.sync_directory(directory));
+    }
+    STELLARIUM_ASSIGN(RecoveredLog log,
+                      recover_log(files_, *segments_, store_id_, superblock_, numbers, may_write));
+    return apply_recovery(log);
+}
+
+Result<void> StoreImpl::apply_recovery(RecoveredLog& log) {
+    for (std::string& sentence : log.warnings) {
+        warn(std::move(sentence));
+    }
+    if (!log.damage.empty()) {
+        for (const std::string& sentence : log.damage) {
+            warn(sentence);
+        }
+        set_read_only(fmt::format("it is damaged: {}{}", log.damage.front(),
+                                  log.damage.size() == 1
+                                      ? std::string()
+                                      : fmt::format(" (and {} more)", log.damage.size() - 1)));
+    }
+    if (writable_.load()) {
+        // What was never acknowledged must be gone for good before anything new is appended: a
+        // stale batch that came back would look like a durable one.
+        if (log.cut_tail) {
+            STELLARIUM_TRY(log.tail_file->truncate(uint64_t{log.tail_page} * kPageBytes));
+            STELLARIUM_TRY(log.tail_file->datasync());
+        }
+        for (const uint32_t number : log.drop_segments) {
+            STELLARIUM_TRY(files_.remove(segments_->path(number)));
+        }
+        if (!log.drop_segments.empty()) {
+            STELLARIUM_TRY(files_.sync_directory(join_path(directory_, kSegmentsName)));
+        }
+    }
+    sequence_.store(log.last_sequence);
+    durable_sequence_ = log.last_sequence;
+    highest_sequence_ = log.highest_sequence;
+    last_segment_ = log.last_segment;
+    counters_ = log.counters;
+    batches_ = std::move(log.batches);
+    checkpoint_appended_bytes_ = superblock_.appended_bytes;
+    if (log.tail_segment != 0) {
+        active_.segment = segments_->find(log.tail_segment);
+        active_.file = log.tail_file;
+        active_.end_page = log.tail_page;
+        active_.first_sequence = log.tail_first_sequence;
+        active_.last_sequence = log.last_sequence;
+        STELLARIUM_TRY(segments_->visit_entries(
+            *active_.segment,
+            [this](std::span<const Entry> entries) { active_.entries = entries.size(); }));
+    }
+    for (const RecoveredLog::FooterNeeded& needed : log.footers_needed) {
+        Segment* segment = segments_->find(needed.segment);
+        if (segments_->use_footer(*segment, needed.end_page)) {
+            continue;
+        }
+        pending_footers_.push_back({.file = needed.file,
+                                    .segment = segment,
+                                    .end_page = needed.end_page,
+                                    .first_sequence = needed.first_sequence,
+                                    .last_sequence = needed.last_sequence});
+        if (writable_.load()) {
+            static_cast<void>(write_footer(pending_footers_.back()));
+        }
+    }
+    return {};
+}
+
+Result<void> StoreImpl::open_index() {
+    uint32_t first_missing = 1;
+    if (superblock_.index_generation != 0) {
+        const std::string path =
+            join_path(directory_, index_file_name(superblock_.index_generation));
+        auto opened = [&]() -> Result<ChunkIndex::Opened> {
+            STELLARIUM_ASSIGN(const auto file, files_.open(path, io::OpenMode::kReadOnly));
+            STELLARIUM_ASSIGN(index_bytes_written_, file->size_bytes());
+            return ChunkIndex::open_checkpoint(*file, store_id_);
+        }();
+        if (opened) {
+            index_ = std::move(opened->index);
+            first_missing = superblock_.index_segment;
+        } else {
+            warn(fmt::format("{}; the index is rebuilt from the segments",
+                             opened.error().message()));
+            index_bytes_written_ = 0;
+        }
+    }
+    if (index_ == nullptr) {
+        index_ = std::make_unique<ChunkIndex>();
+    }
+    for (Segment* segment : segments_->all()) {
+        if (segment->number() < first_missing) {
+            continue;
+        }
+        const auto insert = [&]() -> Result<void> {
+            Result<void> inserted;
+            STELLARIUM_TRY(segments_->visit_entries(*segment, [&](std::span<const Entry> entries) {
+                inserted = insert_entries(segment->number(), entries, nullptr);
+            }));
+            return inserted;
+        };
+        STELLARIUM_TRY(with_index(insert));
+    }
+    return {};
+}
+
+Result<void> StoreImpl::remove_leftovers() {
+    if (!writable_.load()) {
+        return {};
+    }
+    STELLARIUM_ASSIGN(const auto entries, files_.list(directory_));
+    for (const io::DirectoryEntry& entry : entries) {
+        const bool index_file = entry.name.starts_with("index-") && entry.name.ends_with(".ckpt") &&
+                                entry.name != index_file_name(superblock_.index_generation);
+        if (index_file || entry.name == kNewSuperblockName) {
+            STELLARIUM_TRY(files_.remove(join_path(directory_, entry.name)));
+        }
+    }
+    return {};
+}
+
+}  // namespace stellarium::nebula
