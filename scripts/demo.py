@@ -10,14 +10,10 @@ the other's file, shuts them down, then snapshots one, changes it and rolls it b
 Everything but the image is removed at the end; --keep leaves the store, and says where.
 """
 import argparse
-import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "test" / "system" / "guests"))
 import guests  # noqa: E402  (found by the line above)
+from engine import Engine, EngineError  # noqa: E402
 
 BOOT_TIMEOUT_S = 300
 NOISE_MIB = 16
@@ -126,110 +123,20 @@ class Reporter:
         print()
 
 
-class Daemon:
-    """stellariumd on a store; start() returns when the daemon says that it is ready."""
-
-    def __init__(self, program, store, environment, log):
-        self.command = [str(program), "--store", str(store)]
-        self.environment = environment
-        self.log = log
-        self.process = None
-
-    def start(self):
-        # The daemon reports readiness as it does to systemd: by a datagram to NOTIFY_SOCKET.
-        with tempfile.TemporaryDirectory(prefix="stellarium-notify-") as folder, \
-                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            notify.bind(f"{folder}/socket")
-            notify.settimeout(1)
-            with open(self.log, "ab") as log:
-                self.process = subprocess.Popen(
-                    self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                    env={**self.environment, "NOTIFY_SOCKET": f"{folder}/socket"})
-            deadline = time.monotonic() + 60
-            while time.monotonic() < deadline:
-                if self.process.poll() is not None:
-                    break
-                try:
-                    if b"READY=1" in notify.recv(4096):
-                        return
-                except TimeoutError:
-                    continue
-        raise DemoError(f"the daemon did not become ready; its log ends:\n{self.log_tail()}")
-
-    def stop(self):
-        """SIGTERM, and waits: the daemon drains and checkpoints."""
-        if self.process is None or self.process.poll() is not None:
-            return
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            status = self.process.wait(120)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-            raise DemoError("the daemon did not stop within 120 s of SIGTERM") from None
-        if status != 0:
-            raise DemoError(f"the daemon ended with status {status}; its log ends:\n{self.log_tail()}")
-
-    def kill(self):
-        if self.process is not None and self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-
-    def log_tail(self):
-        return "\n".join(Path(self.log).read_text(errors="replace").splitlines()[-15:])
-
-
 class Demo:
-    def __init__(self, arguments):
+    def __init__(self, arguments, engine):
         self.arguments = arguments
+        self.engine = engine
         self.report = Reporter()
-        self.ctl_program = self.find_program("stellarctl")
-        self.daemon_program = self.find_program("stellariumd")
-        self.work = Path(tempfile.mkdtemp(prefix="run-", dir=self.demo_folder()))
-        # Acknowledged writes wait for their flush in memory that outlives the daemon's process.
-        memory = next((each for each in ("/dev/shm", os.environ.get("XDG_RUNTIME_DIR"), "/run")
-                       if each and os.access(each, os.W_OK)), None)
-        if memory is None:
-            raise DemoError("no memory file system for the runtime directory (/dev/shm) is writable")
-        self.runtime = Path(tempfile.mkdtemp(prefix="stellarium-demo-", dir=memory))
-        self.store = self.work / "store"
-        self.environment = {**os.environ, "STELLARIUM_STORE": str(self.store),
-                            "STELLARIUM_RUNTIME_DIR": str(self.runtime)}
-        self.daemon = Daemon(self.daemon_program, self.store, self.environment,
-                             self.work / "stellariumd.log")
-
-    def find_program(self, name):
-        found = [path for path in Path(self.arguments.build).rglob(name)
-                 if path.is_file() and os.access(path, os.X_OK)]
-        if not found:
-            raise DemoError(f"{name} is not built in {self.arguments.build}; run 'make demo', or "
-                            f"scripts/build.sh release")
-        return found[0]
-
-    @staticmethod
-    def demo_folder():
-        folder = guests.cache_folder() / "demo"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
 
     def ctl(self, *words):
         """Runs stellarctl; (its JSON answer, seconds)."""
         begin = time.monotonic()
-        done = subprocess.run([str(self.ctl_program), *map(str, words), "--json"], text=True,
-                              stdin=subprocess.DEVNULL, capture_output=True, env=self.environment,
-                              check=False)
-        seconds = time.monotonic() - begin
-        if done.returncode != 0:
-            raise DemoError(f"stellarctl {' '.join(map(str, words))} failed with status "
-                            f"{done.returncode}:\n{done.stderr.strip()}")
-        try:
-            return (json.loads(done.stdout) if done.stdout.strip() else None), seconds
-        except json.JSONDecodeError:
-            raise DemoError(f"stellarctl {' '.join(map(str, words))} --json printed no JSON:\n"
-                            f"{done.stdout[:500]}") from None
+        answer = self.engine.ctl(*words)
+        return answer, time.monotonic() - begin
 
     def stats(self):
-        return self.ctl("stats")[0]
+        return self.engine.ctl("stats")
 
     # --- The steps --------------------------------------------------------------------------------
 
@@ -251,7 +158,7 @@ class Demo:
 
     def export_image(self, image):
         self.report.step("export it and compare")
-        exported = self.work / "exported.raw"
+        exported = self.engine.work / "exported.raw"
         _, seconds = self.ctl("image", "export", "debian", exported)
         if subprocess.run(["cmp", "--silent", str(image), str(exported)], check=False).returncode:
             raise DemoError("the exported image differs from the imported one")
@@ -261,9 +168,9 @@ class Demo:
     def clone(self):
         count = self.arguments.clones
         self.report.step(f"make {count:,} clones")
-        before, used_before = self.stats(), disk_usage(self.store)
+        before, used_before = self.stats(), disk_usage(self.engine.store)
         _, seconds = self.ctl("volume", "clone", "debian", "vm-{n}", "--count", count)
-        after, used_after = self.stats(), disk_usage(self.store)
+        after, used_after = self.stats(), disk_usage(self.engine.store)
         if after["volumes"] - before["volumes"] != count:
             raise DemoError(f"{after['volumes'] - before['volumes']} clones were made, not {count}")
         appended = after["appended_bytes"] - before["appended_bytes"]
@@ -271,11 +178,6 @@ class Demo:
                         f"{seconds / count * 1e6:.0f} µs each, the command's start included")
         self.report.row("Bytes that they added", human_bytes(appended),
                         f"{appended / count:.0f} bytes each; du: {used_after - used_before:+,} bytes")
-
-    def attach(self, volume):
-        path = self.runtime / f"{volume}.sock"
-        self.ctl("attach", volume, "--vhost-user", path)
-        return guests.VhostUserDisk(str(path), reconnect=True)
 
     def boot_two(self):
         accelerator = guests.accelerator()
@@ -285,7 +187,7 @@ class Demo:
             self.report.cannot(f"hardware virtualisation ({why}). The guests ran under emulation "
                                f"(TCG), which makes their boots many times slower.")
         self.report.step(f"start the daemon, boot two guests at the same time ({accelerator.upper()})")
-        self.daemon.start()
+        self.engine.start_daemon()
         before = self.stats()
         names = {"one": "vm-1", "two": "vm-2"}
         with ExitStack() as stack:
@@ -295,9 +197,9 @@ class Demo:
                 script = GUEST_SCRIPT.format(me=me, other=other, noise_bytes=NOISE_MIB << 20)
                 # Without the login prompt, the script alone reads the console.
                 running[me] = stack.enter_context(guests.QemuGuest(
-                    me, disk=self.attach(volume), script=script, accel=accelerator,
+                    me, disk=self.engine.attach(volume), script=script, accel=accelerator,
                     kernel_words=["systemd.mask=serial-getty@ttyS0.service"],
-                    log_path=self.work / f"console-{me}.log"))
+                    log_path=self.engine.work / f"console-{me}.log"))
             boots = {}
             for me, guest in running.items():
                 guest.wait_for(guests.BEGIN, BOOT_TIMEOUT_S)
@@ -325,9 +227,9 @@ class Demo:
 
     def small_guest(self, name, script):
         """A real kernel on vm-1's disk, without starting the whole system."""
-        with guests.QemuGuest(name, disk=self.attach("vm-1"), script=script, in_initramfs=True,
+        with guests.QemuGuest(name, disk=self.engine.attach("vm-1"), script=script, in_initramfs=True,
                               accel=guests.accelerator(),
-                              log_path=self.work / f"console-{name}.log") as guest:
+                              log_path=self.engine.work / f"console-{name}.log") as guest:
             status, output = guest.run_to_end(BOOT_TIMEOUT_S)
         self.ctl("detach", "vm-1")
         if status != 0:
@@ -364,16 +266,16 @@ class Demo:
         self.report.row("Disks that guests see", human_bytes(stats["logical_bytes"]),
                         f"{stats['volumes']:,} volumes and {stats['images']} image, in "
                         f"{human_bytes(stored)} ({human_bytes(unique)} unique)")
-        _, seconds = None, time.monotonic()
-        self.daemon.stop()
-        self.report.row("Clean stop of the daemon", human_seconds(time.monotonic() - seconds),
+        begin = time.monotonic()
+        self.engine.stop_daemon()
+        self.report.row("Clean stop of the daemon", human_seconds(time.monotonic() - begin),
                         "drained and checkpointed")
 
     def run(self):
         print("Stellarium demo: one image, 1,000 clones, two guests\n".replace(
             "1,000", f"{self.arguments.clones:,}"), flush=True)
         self.report.step("build the Debian image (kept for the next run)")
-        image = guests.image("stellarium-demo")
+        image = guests.image("debian")
         self.import_image(image)
         self.export_image(image)
         self.clone()
@@ -381,15 +283,6 @@ class Demo:
         self.roll_back()
         self.final_rows()
         self.report.table("Measured in this run")
-
-    def clean_up(self):
-        self.daemon.kill()
-        shutil.rmtree(self.runtime, ignore_errors=True)
-        if self.arguments.keep:
-            print(f"The store is kept in {self.store}; look around with\n"
-                  f"    {self.ctl_program} --store {self.store} volume ls")
-        else:
-            shutil.rmtree(self.work, ignore_errors=True)
 
 
 def main():
@@ -404,22 +297,24 @@ def main():
         parser.error("--clones: two guests need two clones")
     # Ctrl-C and a kill clean up as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    demo = None
     try:
-        demo = Demo(arguments)
-        demo.run()
-    except (DemoError, guests.GuestError) as error:
-        if demo:
-            log = demo.daemon.log_tail() if Path(demo.daemon.log).exists() else ""
-            if log:
-                print(f"\nThe daemon's log ends:\n{log}", file=sys.stderr)
+        with Engine(arguments.build, keep=arguments.keep) as engine:
+            try:
+                Demo(arguments, engine).run()
+            except (DemoError, EngineError, guests.GuestError):
+                log = engine.log_tail()
+                if log:
+                    print(f"\nThe daemon's log ends:\n{log}", file=sys.stderr)
+                raise
+            finally:
+                if arguments.keep:
+                    print(f"The store is kept in {engine.store}; look around with\n"
+                          f"    {engine.ctl_program} --store {engine.store} volume ls")
+    except (DemoError, EngineError, guests.GuestError) as error:
         print(f"\nDemo failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    finally:
-        if demo:
-            demo.clean_up()
     return 0
 
 

@@ -17,6 +17,8 @@ guest that still runs. Not thread-safe: one thread drives one guest; any number 
 As a program:
     guests.py accelerator                                    # prints kvm or tcg, as really works here
     guests.py boot qemu|uml SOCKET [--script TEXT] [...]     # boots from a vhost-user-blk socket
+    guests.py prepare                                        # builds all that the tests boot from
+    guests.py with-images COMMAND [ARGUMENT...]              # runs it with STELLARIUM_IMAGE_A and _B
 """
 import argparse
 import base64
@@ -73,6 +75,19 @@ def initramfs(kind):
 def image(name, *packages):
     """The Debian image `name`, built at the first call and kept in the cache folder."""
     return Path(run_script("build-image.sh", name, "-", *packages))
+
+
+# The image that tests and demo boot, and a rebuilt one with a few more packages.
+IMAGES = {"debian": (), "debian-rebuilt": ("nginx-light", "sqlite3", "tmux", "rsync")}
+
+
+def prepare():
+    """Builds what is booted, so that no test pays for it."""
+    for name, packages in IMAGES.items():
+        image(name, *packages)
+    for kind in ("qemu", "uml"):
+        initramfs(kind)
+    accelerator()
 
 
 @dataclass
@@ -294,6 +309,9 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("accelerator")
+    commands.add_parser("prepare")
+    with_images = commands.add_parser("with-images")
+    with_images.add_argument("words", nargs=argparse.REMAINDER)
     boot = commands.add_parser("boot")
     boot.add_argument("kind", choices=["qemu", "uml"])
     boot.add_argument("socket")
@@ -309,6 +327,13 @@ def main():
     if arguments.command == "accelerator":
         print(accelerator())
         return 0
+    if arguments.command == "prepare":
+        prepare()
+        return 0
+    if arguments.command == "with-images":
+        paths = [str(image(name, *packages)) for name, packages in IMAGES.items()]
+        os.execvpe(arguments.words[0], arguments.words,
+                   {**os.environ, "STELLARIUM_IMAGE_A": paths[0], "STELLARIUM_IMAGE_B": paths[1]})
     disk = VhostUserDisk(arguments.socket, arguments.queues, arguments.reconnect)
     make = QemuGuest if arguments.kind == "qemu" else UmlGuest
     with make("guest", disk=disk, script=arguments.script, in_initramfs=arguments.in_initramfs,
