@@ -40,22 +40,23 @@ namespace stellarium::vhost {
 enum class LogLevel : uint8_t { kInfo, kWarning, kError };
 using Logger = std::function<void(LogLevel, std::string_view device, std::string_view message)>;
 
+/// Every member has an initialiser, so that designated ones may name a few.
 struct ServerOptions {
     unsigned data_threads = 0;  ///< 0: one for each processor.
     unsigned blocking_threads = 4;
-    Logger logger;  ///< Empty: nothing is logged.
+    Logger logger = {};  ///< Empty: nothing is logged.
 };
 
 struct AttachOptions {
     /// Where to listen; created with mode 0600. A stale socket there is replaced, a live one or
     /// another kind of file refused.
-    std::string socket_path;
+    std::string socket_path = {};
     /// Alternatively a listening unix stream socket, which this takes over even when it fails.
     int listen_fd = -1;
     uint16_t queues = 1;
     uint32_t block_size_bytes = 512;  ///< 512 or 4096; what the guest sees as logical block.
     bool read_only = false;           ///< Also when the device itself could be written.
-    std::string serial;               ///< At most 20 bytes; empty: the device's own.
+    std::string serial = {};          ///< At most 20 bytes; empty: the device's own.
 };
 
 /// Totals since attach.

@@ -303,8 +303,15 @@ void Session::close(std::string_view reason) {
 void Session::drain() {
     draining_ = true;
     if (async_ == 0) {
-        close("detached");
+        close_drained();
     }
+}
+
+void Session::close_drained() {
+    for (Queue& queue : queues_) {
+        publish(queue);
+    }
+    close("detached");
 }
 
 // ---- Features -----------------------------------------------------------------------------------
@@ -609,6 +616,7 @@ void Session::start_pending(const Message& message, uint16_t queue, uint64_t sta
     pending_.queue = queue;
     pending_.status = status;
     pending_.active = true;
+    replied_ = true;  // By finish_pending().
     pending_.wants_ack =
         (message.header.flags & kFlagNeedReply) != 0 && has(ProtocolFeature::kReplyAck);
     worker_.change(socket_.get(), 0, socket_source_);
@@ -843,7 +851,9 @@ void Session::process(uint16_t index) {
         }
         Result<bool> popped = queue.ring.pop(*memory, chain);
         if (!popped) {
+            // A lost mapping reads as zeros, which is the better explanation of what it broke.
             publish(queue);
+            check_memory();
             break_off(popped.error().with_context(fmt::format("queue {}", index)));
             return;
         }
@@ -864,6 +874,7 @@ void Session::process(uint16_t index) {
         }
     }
     publish(queue);
+    check_memory();
 }
 
 bool Session::write_through() const {
@@ -973,11 +984,8 @@ void Session::on_completed(std::unique_ptr<Request> request) {
     if (pending_.active) {
         finish_pending();
     }
-    if (draining_ && async_ == 0 && !closed_) {
-        for (Queue& each : queues_) {
-            publish(each);
-        }
-        close("detached");
+    if (draining_ && async_ == 0) {
+        close_drained();
     }
 }
 
@@ -1001,14 +1009,18 @@ void Session::publish(Queue& queue) {
                                fmt::format("memory of queue {} was removed with requests in flight",
                                            index_of(queue))));
     }
-    if (memory_->lost() || (inflight_ != nullptr && inflight_->lost())) {
-        // What was read from the guest's memory may have been zeros; nothing of it is confirmed.
-        return break_off(Error(ErrorCode::kProtocol,
-                               "shared memory could not be accessed: its file was cut short"));
-    }
-    if (queue.ring.publish()) {
+    // What was read from lost memory may have been zeros: nothing of it is confirmed.
+    if (check_memory() && queue.ring.publish()) {
         queue.call.signal();
     }
+}
+
+bool Session::check_memory() {
+    if (memory_->lost() || (inflight_ != nullptr && inflight_->lost())) {
+        break_off(Error(ErrorCode::kProtocol,
+                        "shared memory could not be accessed: its file was cut short"));
+    }
+    return !closed_;
 }
 
 }  // namespace stellarium::vhost

@@ -144,11 +144,14 @@ class Session : public std::enable_shared_from_this<Session> {
     void go_async(Queue& queue, Request& request);
     void finish(Queue& queue, std::unique_ptr<Request> request);
     void publish(Queue& queue);
+    /// Breaks off, and says false, when a shared mapping was lost.
+    bool check_memory();
     /// Writes must be durable before they complete.
     bool write_through() const;
 
     void break_off(const Error& error);
     void close(std::string_view reason);
+    void close_drained();
     uint16_t index_of(const Queue& queue) const {
         return static_cast<uint16_t>(&queue - queues_.data());
     }

@@ -129,6 +129,22 @@ Result<void> MemoryDisk::write(uint64_t offset_bytes, std::span<const iovec> fro
     return {};
 }
 
+std::vector<std::byte> MemoryDisk::content(uint64_t offset_bytes, uint64_t length_bytes) {
+    std::vector<std::byte> copy(length_bytes);
+    std::byte* to = copy.data();
+    each_page(offset_bytes, length_bytes, [&](const std::byte* at, uint64_t length) {
+        std::memcpy(to, at, length);
+        to += length;
+    });
+    return copy;
+}
+
+void MemoryDisk::fill(std::byte value) {
+    each_page(0, size_bytes(), [&](std::byte* at, uint64_t length) {
+        std::memset(at, static_cast<int>(value), length);
+    });
+}
+
 Result<void> MemoryDisk::zero(uint64_t offset_bytes, uint64_t length_bytes, IoMode mode) {
     STELLARIUM_TRY(admit(offset_bytes, length_bytes, mode));
     each_page(offset_bytes, length_bytes,

@@ -59,7 +59,9 @@ class MemoryDisk : public BlockDevice {
     /// Within the capacity it was made with.
     void resize(uint64_t size_bytes);
 
-    MutableBytes bytes() { return MutableBytes(data_, size_bytes()); }
+    /// The content now, read under the locks that writes take.
+    std::vector<std::byte> content(uint64_t offset_bytes, uint64_t length_bytes);
+    void fill(std::byte value);
     uint64_t flushes() const { return flushes_.load(); }
     uint64_t writes() const { return writes_.load(); }
 
