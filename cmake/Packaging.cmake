@@ -44,13 +44,23 @@ foreach(page ${man_pages})
   string(REGEX REPLACE ".*\\.([1-8])$" "\\1" section ${page})
   install(FILES ${page} DESTINATION ${CMAKE_INSTALL_MANDIR}/man${section})
 endforeach()
-if(EXISTS ${CMAKE_SOURCE_DIR}/packaging/completions/stellarctl.bash)
-  install(FILES ${CMAKE_SOURCE_DIR}/packaging/completions/stellarctl.bash
-          DESTINATION ${CMAKE_INSTALL_DATADIR}/bash-completion/completions RENAME stellarctl)
-endif()
-if(EXISTS ${CMAKE_SOURCE_DIR}/packaging/completions/_stellarctl)
-  install(FILES ${CMAKE_SOURCE_DIR}/packaging/completions/_stellarctl
+if(TARGET stellarctl)
+  # The program knows its own completion scripts.
+  set(completions ${CMAKE_BINARY_DIR}/packaging/completions)
+  file(MAKE_DIRECTORY ${completions})
+  add_custom_command(
+    OUTPUT ${completions}/stellarctl ${completions}/_stellarctl ${completions}/stellarctl.fish
+    COMMAND stellarctl completion bash > ${completions}/stellarctl
+    COMMAND stellarctl completion zsh > ${completions}/_stellarctl
+    COMMAND stellarctl completion fish > ${completions}/stellarctl.fish
+    DEPENDS stellarctl VERBATIM)
+  add_custom_target(stellarctl_completions ALL DEPENDS ${completions}/stellarctl)
+  install(FILES ${completions}/stellarctl
+          DESTINATION ${CMAKE_INSTALL_DATADIR}/bash-completion/completions)
+  install(FILES ${completions}/_stellarctl
           DESTINATION ${CMAKE_INSTALL_DATADIR}/zsh/vendor-completions)
+  install(FILES ${completions}/stellarctl.fish
+          DESTINATION ${CMAKE_INSTALL_DATADIR}/fish/vendor_completions.d)
 endif()
 install(FILES ${CMAKE_SOURCE_DIR}/LICENSE ${CMAKE_SOURCE_DIR}/README.md
               ${CMAKE_SOURCE_DIR}/CHANGELOG.md
