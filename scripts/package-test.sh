@@ -80,6 +80,7 @@ test -d /var/lib/stellarium
 FILE
 chmod +x "$hooks/inside"
 
+# shellcheck disable=SC2016  # The hook's shell expands $1.
 if ! mmdebstrap --variant=minbase --format=null --include=python3-minimal,systemd \
     "--customize-hook=copy-in '$hooks/stellarium.deb' /root" \
     "--customize-hook=copy-in '$hooks/inside' /root" \
