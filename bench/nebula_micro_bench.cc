@@ -1,0 +1,228 @@
+// Speed of the content store's inner loops, each beside what bounds it.
+//
+//     nebula_micro_bench                                  # all of it
+//     nebula_micro_bench --benchmark_filter=Index         # the index
+//     nebula_micro_bench --benchmark_filter='Cut|memcpy'  # cutting against copying
+//
+// The index's probes are of a table that does not fit the processor's caches (4 million chunks; set
+// STELLARIUM_BENCH_CHUNKS for another number), half of them hits.
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <benchmark/benchmark.h>
+
+#include "base/hash.h"
+#include "nebula/chunker.h"
+#include "nebula/index.h"
+
+namespace stellarium::nebula {
+namespace {
+
+constexpr size_t kDataBytes = size_t{64} << 20;
+
+uint64_t mix(uint64_t i) {
+    uint64_t z = (i + 1) * 0x9E3779B97F4A7C15;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
+    z = (z ^ z >> 27) * 0x94D049BB133111EB;
+    return z ^ z >> 31;
+}
+
+/// Random pages, one in ten of them zero.
+const std::vector<std::byte>& data() {
+    static const std::vector<std::byte> kData = [] {
+        std::vector<std::byte> bytes(kDataBytes);
+        for (size_t at = 0; at < bytes.size(); at += 8) {
+            const uint64_t word = mix(at / kPageBytes) % 10 == 0 ? 0 : mix(at);
+            std::memcpy(bytes.data() + at, &word, 8);
+        }
+        return bytes;
+    }();
+    return kData;
+}
+
+/// The i-th of a sequence of ids whose prefixes are as uniform as hashes.
+ChunkId id_of(uint64_t i) {
+    ChunkId id;
+    const U64Le prefix = mix(i);
+    std::memcpy(id.bytes.data(), &prefix, 8);
+    return id;
+}
+
+PageAddress address_of(uint64_t i) {
+    return PageAddress::make(static_cast<uint32_t>(1 + i / kSegmentPages),
+                             static_cast<uint32_t>(i % kSegmentPages));
+}
+
+uint64_t index_chunks() {
+    const char* const text = std::getenv("STELLARIUM_BENCH_CHUNKS");
+    return text != nullptr ? std::strtoull(text, nullptr, 10) : 4'000'000;
+}
+
+const ChunkIndex& filled_index() {
+    static const std::unique_ptr<ChunkIndex> kIndex = [] {
+        auto index = std::make_unique<ChunkIndex>();
+        for (uint64_t i = 0; i < index_chunks(); ++i) {
+            if (!index->insert(id_of(i), address_of(i))) {
+                std::abort();
+            }
+        }
+        return index;
+    }();
+    return *kIndex;
+}
+
+/// Ids in no order, half of them in filled_index().
+const std::vector<ChunkId>& probe_ids() {
+    static const std::vector<ChunkId> kIds = [] {
+        std::vector<ChunkId> ids(size_t{1} << 20);
+        for (size_t i = 0; i < ids.size(); ++i) {
+            ids[i] = id_of(mix(i) % (2 * index_chunks()));
+        }
+        return ids;
+    }();
+    return kIds;
+}
+
+void set_bytes(benchmark::State& state, size_t bytes_each) {
+    state.SetBytesProcessed(
+        static_cast<int64_t>(state.iterations() * static_cast<int64_t>(bytes_each)));
+}
+
+// --- The bound of all that touches every byte.
+
+void copy_memcpy(benchmark::State& state) {
+    std::vector<std::byte> copy(kDataBytes);
+    for (auto _ : state) {
+        std::memcpy(copy.data(), data().data(), kDataBytes);
+        benchmark::DoNotOptimize(copy.data());
+        benchmark::ClobberMemory();
+    }
+    set_bytes(state, kDataBytes);
+}
+BENCHMARK(copy_memcpy)->Name("memcpy");
+
+// --- Cutting.
+
+void cut_block(benchmark::State& state) {
+    std::vector<Cut> cuts;
+    for (auto _ : state) {
+        cuts.clear();
+        cut_block_data(data(), 0, cuts);
+        benchmark::DoNotOptimize(cuts.data());
+    }
+    set_bytes(state, kDataBytes);
+}
+BENCHMARK(cut_block)->Name("Cut/block");
+
+void cut_stream(benchmark::State& state) {
+    for (auto _ : state) {
+        for (Bytes rest = data(); !rest.empty();) {
+            rest = rest.subspan(FastCdc::next_cut(rest, true));
+        }
+    }
+    set_bytes(state, kDataBytes);
+}
+BENCHMARK(cut_stream)->Name("Cut/stream");
+
+// --- Hashing, by chunk length in pages.
+
+void hash_single(benchmark::State& state) {
+    const size_t length = static_cast<size_t>(state.range(0)) * kPageBytes;
+    for (auto _ : state) {
+        for (size_t at = 0; at + length <= kDataBytes / 8; at += length) {
+            benchmark::DoNotOptimize(hash(Bytes(data()).subspan(at, length)));
+        }
+    }
+    set_bytes(state, kDataBytes / 8 / length * length);
+}
+BENCHMARK(hash_single)->Name("Hash/one_by_one")->ArgName("pages")->Arg(1)->Arg(4)->Arg(16);
+
+void hash_lanes(benchmark::State& state) {
+    const size_t length = static_cast<size_t>(state.range(0)) * kPageBytes;
+    std::vector<Bytes> inputs;
+    for (size_t at = 0; at + length <= kDataBytes / 8; at += length) {
+        inputs.push_back(Bytes(data()).subspan(at, length));
+    }
+    std::vector<Hash256> out(inputs.size());
+    for (auto _ : state) {
+        hash_many(inputs, out);
+        benchmark::DoNotOptimize(out.data());
+    }
+    set_bytes(state, inputs.size() * length);
+}
+BENCHMARK(hash_lanes)->Name("Hash/across_lanes")->ArgName("pages")->Arg(1)->Arg(4)->Arg(16);
+
+// --- The index.
+
+void index_probe_batched(benchmark::State& state) {
+    const ChunkIndex& index = filled_index();
+    const auto batch = static_cast<size_t>(state.range(0));
+    std::vector<ChunkIndex::Match> matches;
+    size_t at = 0;
+    for (auto _ : state) {
+        matches.clear();
+        at = at + batch > probe_ids().size() ? 0 : at;
+        if (!index.find_many(std::span(probe_ids()).subspan(at, batch), matches)) {
+            state.SkipWithError("find_many failed");
+        }
+        at += batch;
+    }
+    state.SetItemsProcessed(state.iterations() * state.range(0));
+}
+BENCHMARK(index_probe_batched)->Name("Index/probe_batched")->Arg(64)->Arg(4096);
+
+void index_probe_single(benchmark::State& state) {
+    const ChunkIndex& index = filled_index();
+    std::vector<PageAddress> addresses;
+    size_t at = 0;
+    for (auto _ : state) {
+        addresses.clear();
+        if (!index.candidates(probe_ids()[at], addresses)) {
+            state.SkipWithError("candidates failed");
+        }
+        at = (at + 1) % probe_ids().size();
+    }
+    state.SetItemsProcessed(state.iterations());
+}
+BENCHMARK(index_probe_single)->Name("Index/probe_single");
+
+/// Fills an index from nothing. worst_us: the longest single insert, which includes the growth of a
+/// shard and whatever else the machine did; bytes_a_chunk: at the end.
+void index_insert(benchmark::State& state) {
+    using Clock = std::chrono::steady_clock;
+    const auto count = static_cast<uint64_t>(state.range(0));
+    Clock::duration worst{};
+    double bytes_a_chunk = 0;
+    for (auto _ : state) {
+        ChunkIndex index;
+        for (uint64_t i = 0; i < count; ++i) {
+            const Clock::time_point start = Clock::now();
+            if (!index.insert(id_of(i), address_of(i))) {
+                state.SkipWithError("insert failed");
+            }
+            worst = std::max(worst, Clock::now() - start);
+        }
+        bytes_a_chunk =
+            static_cast<double>(index.memory_bytes()) / static_cast<double>(index.size());
+    }
+    state.SetItemsProcessed(state.iterations() * state.range(0));
+    state.counters["worst_us"] = std::chrono::duration<double, std::micro>(worst).count();
+    state.counters["bytes_a_chunk"] = bytes_a_chunk;
+}
+BENCHMARK(index_insert)
+    ->Name("Index/insert")
+    ->Arg(1'000'000)
+    ->Arg(20'000'000)
+    ->Iterations(1)
+    ->Unit(benchmark::kMillisecond);
+
+}  // namespace
+}  // namespace stellarium::nebula
+
+BENCHMARK_MAIN();
