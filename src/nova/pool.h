@@ -73,11 +73,11 @@ struct PoolStats {
 };
 
 struct PoolOptions {
-    nebula::StoreOptions store;
+    nebula::StoreOptions store{};
     /// Where the dirty arena lives: a directory on a memory file system, so that acknowledged
     /// writes outlive the process. Empty: private memory (a command that opens the pool for
     /// itself).
-    std::string runtime_directory;
+    std::string runtime_directory{};
     uint64_t dirty_budget_bytes = uint64_t{256} << 20;
     uint64_t node_cache_bytes = uint64_t{64} << 20;
     std::chrono::milliseconds writeback_age{5000};  ///< Dirty longer than this: appended.
@@ -126,8 +126,9 @@ class Reader {
 
 struct AttachOptions {
     bool read_only = false;
-    std::string label;   ///< Who holds it, for messages: "vhost-user socket vm-1.sock".
-    std::string serial;  ///< For BlockDevice::serial; "" takes the volume's name, cut to 20 bytes.
+    std::string label{};  ///< Who holds it, for messages: "vhost-user socket vm-1.sock".
+    std::string
+        serial{};  ///< For BlockDevice::serial; "" takes the volume's name, cut to 20 bytes.
 };
 
 struct DiffRange {
