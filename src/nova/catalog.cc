@@ -697,6 +697,7 @@ Result<std::vector<std::byte>> Catalog::save(nebula::Store& store, const Frozen&
     header.entity_count = static_cast<uint32_t>(frozen.items.size());
     header.attachment_count = attachment_count;
     header.arena_path_bytes = static_cast<uint16_t>(frozen.arena.path.size());
+    header.arena_closed = static_cast<uint8_t>(frozen.arena.closed ? 1 : 0);
     header.arena_id = frozen.arena.id;
     std::vector<std::byte> content;
     content.reserve(sizeof(header) + frozen.arena.path.size() + states.size() + entities.size() +
@@ -752,12 +753,14 @@ Result<void> Catalog::load(Bytes payload) {
     STELLARIUM_ASSIGN(const auto header, in.get<format::CatalogHeader>());
     if (header.entity_count > kMaxEntities ||
         header.entity_count > in.remaining() / sizeof(format::CatalogEntity) ||
-        header.state_count > in.remaining() / sizeof(format::CatalogState)) {
+        header.state_count > in.remaining() / sizeof(format::CatalogState) ||
+        header.arena_closed > 1 || header.reserved != 0) {
         return in.bad("its counts are out of range");
     }
     const std::lock_guard lock(mutex_);
     assert(entities_.empty());
     arena_.id = header.arena_id;
+    arena_.closed = header.arena_closed != 0;
     STELLARIUM_ASSIGN(arena_.path, in.text(header.arena_path_bytes));
     std::vector<VolumeState> states(header.state_count);
     for (VolumeState& state : states) {

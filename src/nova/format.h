@@ -129,7 +129,8 @@ static_assert(sizeof(Fold) == 56);
 struct Arena {
     std::array<uint8_t, 16> id;
     U16Le path_bytes;
-    std::array<uint8_t, 6> reserved;
+    U8 closed;
+    std::array<uint8_t, 5> reserved;
 };
 static_assert(sizeof(Arena) == 24);
 
@@ -159,7 +160,8 @@ struct CatalogHeader {
     U32Le entity_count;
     U32Le attachment_count;
     U16Le arena_path_bytes;
-    std::array<uint8_t, 2> reserved;
+    U8 arena_closed;
+    U8 reserved;
     std::array<uint8_t, 16> arena_id;
 };
 static_assert(sizeof(CatalogHeader) == 56);

@@ -135,6 +135,7 @@ class PoolImpl final : public Pool, public DeviceOwner {
     Result<void> open_arena();
     Result<void> adopt_foreign_arena(std::unique_ptr<Arena> arena);
     std::unique_ptr<Committer> make_committer(Arena& arena, bool background);
+    void note_arena(const ArenaRecord& record);
     void stop_threads();
 
     // Running volumes.
@@ -323,14 +324,18 @@ Result<void> PoolImpl::recover() {
 }
 
 /// Finds the acknowledged writes that the last process left, and makes room for new ones.
+///
+/// The log names the arena, so that whoever opens the pool next finds it, whatever its options say.
+/// The name is kept for the next arena at the same place: opening needs no append, and works on a
+/// full disk. A file of an earlier boot, or of none, is told apart by its header.
 Result<void> PoolImpl::open_arena() {
-    const ArenaRecord left = catalog_.arena();
+    const ArenaRecord named = catalog_.arena();
     if (read_only_reason()) {
-        if (!left.path.empty()) {
+        if (!named.path.empty() && !named.closed) {
             own_warnings_.push_back(
                 fmt::format("the pool is read-only: acknowledged writes that may be in {} are not "
                             "shown, and stay there",
-                            left.path));
+                            named.path));
         }
         arena_ = Arena::make_private(options_.dirty_budget_bytes);
         committer_ = make_committer(*arena_, /*background=*/false);
@@ -340,18 +345,21 @@ Result<void> PoolImpl::open_arena() {
         options_.runtime_directory.empty()
             ? std::string()
             : fmt::format("{}/{}.arena", options_.runtime_directory, hex(store_->uuid()));
-    if (!left.path.empty()) {
+    if (!named.path.empty()) {
         std::string why;
-        auto found = Arena::open_file(env_, left.path, store_->uuid(), left.id, why);
+        auto found = Arena::open_file(env_, named.path, store_->uuid(), named.id, why);
         if (!found) {
             return std::unexpected(found.error().with_context(fmt::format(
-                "{} may hold acknowledged writes of this pool and cannot be opened", left.path)));
+                "{} may hold acknowledged writes of this pool and cannot be opened", named.path)));
         }
         if (*found == nullptr) {
-            own_warnings_.push_back(fmt::format(
-                "the pool was not closed cleanly, and writes that were not flushed are lost: {}",
-                why));
-        } else if (left.path == own_path) {
+            if (!named.closed) {
+                own_warnings_.push_back(
+                    fmt::format("the pool was not closed cleanly, and writes "
+                                "that were not flushed are lost: {}",
+                                why));
+            }
+        } else if (named.path == own_path) {
             arena_ = *std::move(found);
             committer_ = make_committer(*arena_, options_.background);
             for (const Arena::Found& slot : arena_->adopt()) {
@@ -368,30 +376,44 @@ Result<void> PoolImpl::open_arena() {
             STELLARIUM_TRY(adopt_foreign_arena(*std::move(found)));
         }
     }
-    ArenaRecord fresh{.id = {}, .path = own_path};
     if (own_path.empty()) {
         arena_ = Arena::make_private(options_.dirty_budget_bytes);
-    } else {
-        STELLARIUM_ASSIGN(const io::FileSystemType type,
-                          env_.files->type(options_.runtime_directory));
-        if (type.kind != io::FileSystemKind::kMemory) {
-            own_warnings_.push_back(
-                fmt::format("the runtime directory {} is on {}, not on a memory file system: "
-                            "guest writes cause needless disk writes there",
-                            options_.runtime_directory, type.name));
-        }
-        env_.random->fill(std::as_writable_bytes(std::span(fresh.id)));
-        STELLARIUM_ASSIGN(arena_, Arena::make_file(env_, own_path, options_.dirty_budget_bytes,
-                                                   store_->uuid(), fresh.id));
-    }
-    committer_ = make_committer(*arena_, options_.background);
-    if (own_path.empty() && left.path.empty()) {
+        committer_ = make_committer(*arena_, options_.background);
         return {};
     }
-    // The log must name the arena before the first write is acknowledged from it.
-    const PendingRecord record = PendingRecord::of(fresh);
-    STELLARIUM_ASSIGN(const uint64_t sequence, commit_alone(std::span(&record, 1)));
-    return store_->sync(sequence);
+    STELLARIUM_ASSIGN(const io::FileSystemType type, env_.files->type(options_.runtime_directory));
+    if (type.kind != io::FileSystemKind::kMemory) {
+        own_warnings_.push_back(
+            fmt::format("the runtime directory {} is on {}, not on a memory file system: guest "
+                        "writes cause needless disk writes there",
+                        options_.runtime_directory, type.name));
+    }
+    ArenaRecord record{.id = named.id, .closed = false, .path = own_path};
+    if (named.path != own_path) {
+        env_.random->fill(std::as_writable_bytes(std::span(record.id)));
+    }
+    STELLARIUM_ASSIGN(arena_, Arena::make_file(env_, own_path, options_.dirty_budget_bytes,
+                                               store_->uuid(), record.id));
+    committer_ = make_committer(*arena_, options_.background);
+    if (named.path != own_path) {
+        // The log must name the arena before the first write is acknowledged from it.
+        const PendingRecord pending = PendingRecord::of(record);
+        STELLARIUM_ASSIGN(const uint64_t sequence, commit_alone(std::span(&pending, 1)));
+        return store_->sync(sequence);
+    }
+    note_arena(record);
+    return {};
+}
+
+/// Says in the log whether the pool is open, so that a later warning is right. Nothing else depends
+/// on it: a full disk is no reason to stop.
+void PoolImpl::note_arena(const ArenaRecord& record) {
+    const ArenaRecord named = catalog_.arena();
+    if (named.closed != record.closed) {
+        const PendingRecord pending = PendingRecord::of(record);
+        const auto ignored = commit_alone(std::span(&pending, 1));
+        static_cast<void>(ignored);
+    }
 }
 
 /// Appends everything that an arena at another place holds, and removes it.
@@ -463,10 +485,13 @@ Result<void> PoolImpl::close() {
     if (store_->bytes_since_checkpoint() > kCloseCheckpointBytes) {
         STELLARIUM_TRY(checkpoint());
     }
+    STELLARIUM_TRY(store_->sync(store_->sequence()));
     if (!arena_->path().empty()) {
-        const PendingRecord none = PendingRecord::of(ArenaRecord{});
-        STELLARIUM_ASSIGN(const uint64_t sequence, commit_alone(std::span(&none, 1)));
-        STELLARIUM_TRY(store_->sync(sequence));
+        // Everything is in the log and durable. A file that is left over all the same holds
+        // nothing.
+        ArenaRecord record = catalog_.arena();
+        record.closed = true;
+        note_arena(record);
         STELLARIUM_TRY(arena_->remove_file());
     }
     STELLARIUM_TRY(store_->sync(store_->sequence()));

@@ -560,6 +560,7 @@ std::vector<std::byte> encode(const ArenaRecord& record) {
     format::Arena head{};
     head.id = record.id;
     head.path_bytes = length16(record.path.size());
+    head.closed = static_cast<uint8_t>(record.closed ? 1 : 0);
     Writer out;
     out.put(head);
     out.put_text(record.path);
@@ -570,10 +571,10 @@ template <>
 Result<ArenaRecord> decode(Bytes payload) {
     Parser in(ArenaRecord::kKind, payload);
     STELLARIUM_ASSIGN(const auto head, in.get<format::Arena>());
-    if (!is_zero(head.reserved)) {
-        return in.bad("reserved bytes are not zero");
+    if (!is_zero(head.reserved) || head.closed > 1) {
+        return in.bad("flag or reserved bytes are out of range");
     }
-    ArenaRecord record{.id = head.id, .path = {}};
+    ArenaRecord record{.id = head.id, .closed = head.closed != 0, .path = {}};
     STELLARIUM_ASSIGN(record.path, in.get_text(head.path_bytes));
     STELLARIUM_TRY(in.finish());
     return record;

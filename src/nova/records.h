@@ -148,10 +148,12 @@ struct FoldRecord {
     std::vector<uint32_t> leaves;  ///< Ascending.
 };
 
-/// Which memory file may hold acknowledged writes that the log does not have. Empty path: none.
+/// Which memory file may hold acknowledged writes that the log does not have. Empty path: none has
+/// ever been used. The name stays when the pool is closed: the file is gone then.
 struct ArenaRecord {
     static constexpr RecordKind kKind = RecordKind::kArena;
     std::array<uint8_t, 16> id{};
+    bool closed = false;  ///< The pool was closed cleanly; only for what people are told.
     std::string path;
 };
 
