@@ -532,10 +532,10 @@ class Program {
     }
 
     void release(const std::string& name) {
-        devices_.erase(name);
-        if (!tight_) {
+        if (devices_[name] && !tight_) {
             shadow_[name].flushed();
         }
+        devices_.erase(name);
     }
 
     void rollback() {
