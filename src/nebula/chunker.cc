@@ -65,8 +65,13 @@ bool hash_matches(const Tail& tail) {
     return x >> (64 - kTailMaskBits) == 0;
 }
 
+/// The tail of a file, or free space before a checksum: zeros up to the last 16 bytes.
+bool is_free_space(const Tail& tail) {
+    return (tail[0] | tail[1] | tail[2] | tail[3] | tail[4] | tail[5]) == 0;
+}
+
 bool tail_ends_chunk(const Tail& tail) {
-    return is_zero(tail) || hash_matches(tail);
+    return is_free_space(tail) || hash_matches(tail);
 }
 
 /// Cuts a run page by page. finish() closes the chunk at the end of the run.
@@ -79,8 +84,7 @@ class RunCutter {
             open_.first_page = page_number;
         }
         ++open_.pages;
-        if (tail_ends_chunk(tail) || open_.pages == kMaxChunkPages ||
-            (page_number + 1) % kCutRegionPages == 0) {
+        if (tail_ends_chunk(tail) || open_.pages == kMaxChunkPages) {
             finish();
         }
     }
@@ -170,6 +174,15 @@ void cut_block_data(Bytes pages, uint64_t first_page, std::vector<Cut>& out) {
         }
     }
     cutter.finish();
+}
+
+uint32_t open_pages(Bytes pages, uint64_t first_page, const std::vector<Cut>& cuts) {
+    if (cuts.empty() ||
+        cuts.back().first_page + cuts.back().pages != first_page + pages.size() / kPageBytes ||
+        cuts.back().pages == kMaxChunkPages || page_ends_chunk(pages.last(kPageBytes))) {
+        return 0;
+    }
+    return cuts.back().pages;
 }
 
 size_t FastCdc::next_cut(Bytes remaining, bool is_last) {

@@ -6,26 +6,27 @@
 //
 // Block data (disk images, guest writes, VM memory), per page of 4 KiB:
 //   1. A zero page is a hole: it belongs to no chunk and costs nothing.
-//   2. A run of other pages is cut after a page that ends a chunk: one whose last 64 bytes are all
-//      zero (usually the tail of a file), or whose last 64 bytes hash to one of an eighth of all
-//      values; and in any case after 16 pages.
-//   3. A cut is always made at a multiple of kCutRegionPages (8 MiB) of the volume. Hence a region
-//      is cut without knowing its neighbours, on any thread, and a reader of large buffers carries
-//      no state: buffers that start at multiples of 8 MiB give the same cuts as the whole image in
-//      one piece.
-// A chunk may span leaves of a volume's tree (2 MiB): each leaf then refers to its own pages of the
-// chunk, a partial reference; split_at_leaves() yields the parts. Cutting at every leaf instead
-// would spare that, but costs what the 8 MiB rule was made for: files move by whole pages between
-// builds of an image, and every forced cut leaves a chunk on each side of it that no other build
-// has. Measured on two builds of a Debian image (256 and 314 MB of non-zero pages), against fixed
-// 4 KiB pages (bytes added by the second, bytes of both, index entries of both):
+//   2. A run of other pages is cut after a page that ends a chunk: one whose last 64 bytes begin
+//      with 48 zeros, whatever the last 16 hold; or whose last 64 bytes hash to one of an eighth of
+//      all values; and in any case after 16 pages.
+// The zeros are the tail of a file, or the free space of a metadata block whose very end is a
+// checksum (a directory block of ext4 ends with 12 bytes of it). Such blocks differ in every build
+// of an image; with a cut behind them they do not make the file behind them differ too.
 //
-//     forced cut every   hash mask   added by second   both      entries
-//     2 MiB              1/4         1.170             1.049     0.413
-//     2 MiB              1/8         1.270             1.074     0.321
-//     8 MiB              1/4         1.120             1.040     0.410
-//     8 MiB (chosen)     1/8         1.169             1.054     0.317
-//     never              1/8         1.141             1.049     0.316
+// Nothing else cuts: no alignment to leaves or buffers. Files move by whole pages between builds,
+// so every forced cut would leave a chunk on each side of it that no other build has. A chunk may
+// span leaves of a volume's tree (2 MiB): each leaf then refers to its own pages of the chunk, a
+// partial reference; split_at_leaves() yields the parts. Measured on two pairs of Debian images
+// (359 and 240 MB of non-zero pages, the second of a pair rebuilt with more packages), against
+// fixed 4 KiB pages: bytes added by the second, bytes of both, index entries of both:
+//
+//     zeros        hash mask   forced cut   first pair             second pair
+//     64 of 64     1/8         2 MiB        2.17   1.072   0.317   1.27   1.070   0.321
+//     64 of 64     1/8         8 MiB        1.68   1.049   0.313   1.17   1.050   0.317
+//     64 of 64     1/4         8 MiB        1.51   1.039   0.406   1.13   1.040   0.410
+//     48 of 64     1/8         8 MiB        1.19   1.025   0.330   1.04   1.025   0.337
+//     48 of 64     1/4         none         1.02   1.015   0.417   1.01   1.016   0.425
+//     48 of 64     1/8         none         1.02   1.017   0.328   1.01   1.019   0.336   (chosen)
 //
 // Only one cache line of a page is read where the page does not end in zeros, so cutting costs a
 // small part of hashing. A page whose tail is zero is read further, until its first set byte.
@@ -35,7 +36,8 @@
 // Thread rule: all functions are pure. Memory is borrowed for the call. Nothing fails.
 //
 //     std::vector<Cut> cuts;
-//     cut_block_data(buffer, offset_bytes / kPageBytes, cuts);  // a region, or several
+//     cut_block_data(buffer, offset_bytes / kPageBytes, cuts);
+//     carry(open_pages(buffer, cuts));  // a stream: they go before the next buffer's pages
 //     for (const Cut& cut : cuts) { store(cut.first_page, pages_of(cut)); }  // gaps are holes
 #pragma once
 
@@ -48,10 +50,6 @@
 #include "nebula/types.h"
 
 namespace stellarium::nebula {
-
-/// Block data is always cut at multiples of this page number: 8 MiB.
-inline constexpr uint32_t kCutRegionPages = 2048;
-static_assert(kCutRegionPages % kLeafPages == 0);
 
 /// Pages [first_page, first_page + pages) of a volume, to be stored as one chunk.
 struct Cut {
@@ -85,6 +83,11 @@ void cut_pages(Bytes run, uint64_t first_page, std::vector<Cut>& out);
 /// split_runs and cut_pages in one pass: appends the chunks of any block data in order; what they
 /// leave out is zero.
 void cut_block_data(Bytes pages, uint64_t first_page, std::vector<Cut>& out);
+
+/// How many pages at the end of `pages` are a chunk that pages to come could still join: those of
+/// the last of `cuts`, if nothing but the end of the buffer ended it, else 0. Whoever cuts a stream
+/// in pieces drops that cut and puts these pages before the next ones, if those follow at once.
+uint32_t open_pages(Bytes pages, uint64_t first_page, const std::vector<Cut>& cuts);
 
 /// A part of a cut that lies within one leaf of a volume's tree.
 struct LeafPart {

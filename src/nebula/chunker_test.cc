@@ -130,11 +130,11 @@ TEST(ChunkerGolden, BlockCutsOfMixedPages) {
     const std::vector<Cut> first(cuts.begin(), cuts.begin() + 8);
     EXPECT_EQ(first, (std::vector<Cut>{
                          {0, 4}, {5, 2}, {7, 1}, {8, 3}, {11, 2}, {14, 1}, {15, 3}, {18, 1}}));
-    EXPECT_EQ(cuts.size(), 792U);
+    EXPECT_EQ(cuts.size(), 791U);
     EXPECT_EQ(boundaries.finish().hex(),
-              "94eb1e4a3a25301dbe3effd912fe46dcb98d4f8d7eff5dad23805c53d782a219");
+              "30058a2c20a9a9fe931884ddef2d5c3bd00cca9406cbff80c0a96f428127135e");
     EXPECT_EQ(chunk_ids.finish().hex(),
-              "6b12c824d5ba30c1945d7168e98992a967f3fc112d44b58298ff0952d2cc5abf");
+              "2766d9cf0be66701021a15a6b2f12137fa3515263bb7e096972f24c1905c53b3");
 }
 
 TEST(ChunkerGolden, WhichRandomPagesEndAChunk) {
@@ -186,7 +186,6 @@ TEST(ChunkerGolden, StreamCutsOfText) {
 TEST(ChunkerGolden, Limits) {
     EXPECT_EQ(kPageBytes, 4096U);
     EXPECT_EQ(kMaxChunkPages, 16U);
-    EXPECT_EQ(kCutRegionPages, 2048U);
     EXPECT_EQ(FastCdc::kMinBytes, 4096U);
     EXPECT_EQ(FastCdc::kAverageBytes, 16384U);
     EXPECT_EQ(FastCdc::kMaxBytes, 65536U);
@@ -282,13 +281,38 @@ TEST(Chunker, SixteenPagesAreOneChunkAndSeventeenAreTwo) {
     EXPECT_EQ(cut(data), (std::vector<Cut>{{0, 16}, {16, 16}, {32, 1}}));
 }
 
-TEST(Chunker, CutsAtRegionBordersOnly) {
+TEST(Chunker, TheEndOfAPageMayHoldAChecksumBehindFreeSpace) {
+    Buffer page = endless_pages(1, 10);
+    std::fill(page.end() - 64, page.end() - 16, std::byte{0});
+    EXPECT_TRUE(page_ends_chunk(page));
+    EXPECT_FALSE(is_zero_page(page));
+    // One byte more, and the hash decides.
+    size_t ends = 0;
+    for (int value = 1; value < 256; ++value) {
+        page[kPageBytes - 17] = static_cast<std::byte>(value);
+        ends += page_ends_chunk(page) ? 1 : 0;
+    }
+    EXPECT_LT(ends, 80U);
+}
+
+TEST(Chunker, NeitherLeavesNorBuffersCut) {
     const Buffer data = endless_pages(20, 10);
-    EXPECT_EQ(cut(data, kCutRegionPages - 5),
-              (std::vector<Cut>{{kCutRegionPages - 5, 5}, {kCutRegionPages, 15}}));
-    // A leaf border is no cut.
     EXPECT_EQ(cut(Bytes(data).first(10 * kPageBytes), kLeafPages - 5),
               (std::vector<Cut>{{kLeafPages - 5, 10}}));
+    EXPECT_EQ(open_pages(Bytes(data).first(10 * kPageBytes), 7,
+                         cut(Bytes(data).first(10 * kPageBytes), 7)),
+              10U);
+    // Full, ended by content, followed by zeros, empty: closed.
+    EXPECT_EQ(
+        open_pages(Bytes(data).first(16 * kPageBytes), 0, cut(Bytes(data).first(16 * kPageBytes))),
+        0U);
+    Buffer ended(data.begin(), data.begin() + 2 * kPageBytes);
+    std::fill(ended.end() - 64, ended.end(), std::byte{0});
+    EXPECT_EQ(open_pages(ended, 0, cut(ended)), 0U);
+    Buffer before_hole(data.begin(), data.begin() + 2 * kPageBytes);
+    std::fill(before_hole.begin() + kPageBytes, before_hole.end(), std::byte{0});
+    EXPECT_EQ(open_pages(before_hole, 0, cut(before_hole)), 0U);
+    EXPECT_EQ(open_pages({}, 0, {}), 0U);
 }
 
 TEST(Chunker, LeafPartsTileTheCut) {
@@ -303,7 +327,7 @@ TEST(Chunker, LeafPartsTileTheCut) {
 }
 
 TEST(Chunker, ChunksCoverExactlyTheNonZeroPagesAndKeepTheRules) {
-    const uint64_t first_page = 5 * kCutRegionPages - 1000;
+    const uint64_t first_page = 5 * kLeafPages - 100;
     const Buffer data = mixed_pages(2500, 11);
     const auto page_at = [&](uint64_t page) {
         return Bytes(data).subspan((page - first_page) * kPageBytes, kPageBytes);
@@ -314,7 +338,6 @@ TEST(Chunker, ChunksCoverExactlyTheNonZeroPagesAndKeepTheRules) {
         ASSERT_GE(c.first_page, next);
         ASSERT_GE(c.pages, 1U);
         ASSERT_LE(c.pages, kMaxChunkPages);
-        ASSERT_EQ(c.first_page / kCutRegionPages, (c.first_page + c.pages - 1) / kCutRegionPages);
         for (; next < c.first_page; ++next) {
             ASSERT_TRUE(is_zero_page(page_at(next)));
         }
@@ -323,8 +346,7 @@ TEST(Chunker, ChunksCoverExactlyTheNonZeroPagesAndKeepTheRules) {
             const bool last = next + 1 == c.first_page + c.pages;
             ASSERT_TRUE(last || !page_ends_chunk(page_at(next)));
             ASSERT_TRUE(!last || page_ends_chunk(page_at(next)) || c.pages == kMaxChunkPages ||
-                        next + 1 == end || (next + 1) % kCutRegionPages == 0 ||
-                        is_zero_page(page_at(next + 1)));
+                        next + 1 == end || is_zero_page(page_at(next + 1)));
         }
     }
     for (; next < end; ++next) {
@@ -352,17 +374,27 @@ TEST(Chunker, RunsThenCutsEqualsOnePass) {
     EXPECT_EQ(cuts, cut(data, 100));
 }
 
-TEST(Chunker, BuffersOfWholeRegionsGiveTheCutsOfTheWhole) {
-    constexpr size_t kPages = 3 * kCutRegionPages + 77;
+TEST(Chunker, PiecesOfAStreamGiveTheCutsOfTheWhole) {
+    constexpr size_t kPages = 3000;
     const Buffer data = mixed_pages(kPages, 13);
     const std::vector<Cut> whole = cut(data);
-    for (const size_t regions : {1UL, 2UL, 3UL}) {
+    SplitMix64 random(14);
+    for (int round = 0; round < 20; ++round) {
         std::vector<Cut> cuts;
-        for (size_t page = 0; page < kPages; page += regions * kCutRegionPages) {
-            const size_t pages = std::min(regions * kCutRegionPages, kPages - page);
-            cut_block_data(Bytes(data).subspan(page * kPageBytes, pages * kPageBytes), page, cuts);
+        uint64_t start = 0;  // Of the pages not finally cut yet.
+        for (uint64_t end = 0; end < kPages;) {
+            end = std::min<uint64_t>(kPages, end + 1 + random.below(round < 10 ? 20 : 700));
+            const Bytes piece = Bytes(data).subspan(start * kPageBytes, (end - start) * kPageBytes);
+            std::vector<Cut> piece_cuts;
+            cut_block_data(piece, start, piece_cuts);
+            const uint32_t open = end < kPages ? open_pages(piece, start, piece_cuts) : 0;
+            if (open > 0) {
+                piece_cuts.pop_back();
+            }
+            cuts.insert(cuts.end(), piece_cuts.begin(), piece_cuts.end());
+            start = end - open;
         }
-        EXPECT_EQ(cuts, whole) << regions << " regions a buffer";
+        ASSERT_EQ(cuts, whole) << "round " << round;
     }
 }
 

@@ -6,24 +6,27 @@
 
 #include <fmt/format.h>
 
+#include "base/units.h"
 #include "nova/chunk_hashing.h"
 
 namespace stellarium::nova {
 namespace {
 
-constexpr size_t kLeavesPerAppend = kCommitBytes / kLeafBytes;
+constexpr uint64_t kPieceBytes = 2 * kMiB;
+constexpr size_t kPiecesPerAppend = kCommitBytes / kPieceBytes;
+static_assert(kPieceBytes >= 2 * nebula::kMaxChunkBytes, "a piece has room for what is carried");
 
 size_t buffer_count(unsigned workers) {
-    return 2 * size_t{workers} + 2 * kLeavesPerAppend;
+    return 2 * size_t{workers} + 2 * kPiecesPerAppend;
 }
 
 }  // namespace
 
-LeafPipeline::LeafPipeline(nebula::Store& store, Options options)
+ImportPipeline::ImportPipeline(nebula::Store& store, Options options)
     : store_(store), options_(options), builder_(store) {
-    const size_t buffers = options.workers == 0 ? 1 : buffer_count(options.workers);
+    const size_t buffers = options.workers == 0 ? 2 : buffer_count(options.workers);
     for (size_t i = 0; i < buffers; ++i) {
-        spare_.push_back(std::make_unique<Leaf>());
+        spare_.push_back(std::make_unique<Piece>());
     }
     for (unsigned i = 0; i < options.workers; ++i) {
         threads_.emplace_back([this] { run_worker(); });
@@ -33,11 +36,11 @@ LeafPipeline::LeafPipeline(nebula::Store& store, Options options)
     }
 }
 
-LeafPipeline::~LeafPipeline() {
+ImportPipeline::~ImportPipeline() {
     stop();
 }
 
-void LeafPipeline::stop() {
+void ImportPipeline::stop() {
     {
         const std::lock_guard lock(mutex_);
         stopping_ = true;
@@ -49,7 +52,7 @@ void LeafPipeline::stop() {
     threads_.clear();
 }
 
-void LeafPipeline::set_error(const Error& error) {
+void ImportPipeline::set_error(const Error& error) {
     const std::lock_guard lock(mutex_);
     if (!error_) {
         error_ = error;
@@ -58,24 +61,34 @@ void LeafPipeline::set_error(const Error& error) {
 }
 
 /// nullptr: an error stopped the pipeline.
-LeafPipeline::LeafPtr LeafPipeline::take_buffer() {
+ImportPipeline::PiecePtr ImportPipeline::take_buffer() {
     std::unique_lock lock(mutex_);
     changed_.wait(lock, [this] { return !spare_.empty() || error_; });
     if (error_) {
         return nullptr;
     }
-    LeafPtr leaf = std::move(spare_.back());
+    PiecePtr piece = std::move(spare_.back());
     spare_.pop_back();
     lock.unlock();
-    if (!leaf->buffer) {
-        leaf->buffer = std::make_unique_for_overwrite<std::byte[]>(kLeafBytes);
+    if (!piece->buffer) {
+        piece->buffer = std::make_unique_for_overwrite<std::byte[]>(kPieceBytes);
     }
-    leaf->filled_bytes = 0;
-    leaf->hashed = false;
-    return leaf;
+    piece->filled_bytes = 0;
+    piece->hashed = false;
+    return piece;
 }
 
-Result<void> LeafPipeline::append(uint64_t offset_bytes, Bytes data) {
+Result<void> ImportPipeline::start_piece(uint64_t page) {
+    current_ = take_buffer();
+    if (!current_) {
+        const std::lock_guard lock(mutex_);
+        return std::unexpected(*error_);
+    }
+    current_->first_page = page;
+    return {};
+}
+
+Result<void> ImportPipeline::append(uint64_t offset_bytes, Bytes data) {
     if (offset_bytes < end_bytes_) {
         return fail(ErrorCode::kInvalidArgument,
                     fmt::format("import: offset {} comes after offset {}: offsets must ascend",
@@ -90,20 +103,21 @@ Result<void> LeafPipeline::append(uint64_t offset_bytes, Bytes data) {
     bytes_ += data.size();
     end_bytes_ = offset_bytes + data.size();
     while (!data.empty()) {
-        const uint64_t number = offset_bytes / kLeafBytes;
-        if (current_ && current_->number != number) {
-            STELLARIUM_TRY(submit());
+        const uint64_t page = offset_bytes / kPageBytes;
+        if (current_) {
+            const uint64_t end_page =
+                current_->first_page + (current_->filled_bytes + kPageBytes - 1) / kPageBytes;
+            if (page > end_page) {
+                STELLARIUM_TRY(submit(/*next_page_follows=*/false));
+            } else if (offset_bytes >= current_->start_bytes() + kPieceBytes) {
+                STELLARIUM_TRY(submit(/*next_page_follows=*/true));
+            }
         }
         if (!current_) {
-            current_ = take_buffer();
-            if (!current_) {
-                const std::lock_guard lock(mutex_);
-                return std::unexpected(*error_);
-            }
-            current_->number = number;
+            STELLARIUM_TRY(start_piece(page));
         }
-        const uint64_t start = offset_bytes % kLeafBytes;
-        const size_t step = std::min<uint64_t>(data.size(), kLeafBytes - start);
+        const uint64_t start = offset_bytes - current_->start_bytes();
+        const size_t step = std::min<uint64_t>(data.size(), kPieceBytes - start);
         std::memset(current_->buffer.get() + current_->filled_bytes, 0,
                     start - current_->filled_bytes);
         std::memcpy(current_->buffer.get() + start, data.data(), step);
@@ -114,18 +128,35 @@ Result<void> LeafPipeline::append(uint64_t offset_bytes, Bytes data) {
     return {};
 }
 
-/// Hands the current buffer on.
-Result<void> LeafPipeline::submit() {
-    const uint64_t padded = (current_->filled_bytes + kPageBytes - 1) / kPageBytes * kPageBytes;
-    std::memset(current_->buffer.get() + current_->filled_bytes, 0,
-                padded - current_->filled_bytes);
-    current_->filled_bytes = padded;
+/// Cuts the current piece and hands it on. With `next_page_follows`, a new current piece begins
+/// with the pages that the next one may still join.
+Result<void> ImportPipeline::submit(bool next_page_follows) {
+    PiecePtr piece = std::move(current_);
+    const uint64_t padded = (piece->filled_bytes + kPageBytes - 1) / kPageBytes * kPageBytes;
+    std::memset(piece->buffer.get() + piece->filled_bytes, 0, padded - piece->filled_bytes);
+    const Bytes pages(piece->buffer.get(), padded);
+    piece->cuts.clear();
+    nebula::cut_block_data(pages, piece->first_page, piece->cuts);
+    const uint32_t open =
+        next_page_follows ? nebula::open_pages(pages, piece->first_page, piece->cuts) : 0;
+    piece->filled_bytes = padded - open * kPageBytes;
+    if (open > 0) {
+        piece->cuts.pop_back();
+        STELLARIUM_TRY(start_piece(piece->first_page + piece->filled_bytes / kPageBytes));
+        current_->filled_bytes = open * kPageBytes;
+        std::memcpy(current_->buffer.get(), pages.data() + piece->filled_bytes,
+                    current_->filled_bytes);
+    }
+    return hand_on(std::move(piece));
+}
+
+Result<void> ImportPipeline::hand_on(PiecePtr piece) {
     if (options_.workers == 0) {
-        cut_and_hash(*current_);
-        std::vector<LeafPtr> leaves;
-        leaves.push_back(std::move(current_));
-        auto done = append_leaves(leaves);
-        spare_.push_back(std::move(leaves.front()));
+        hash(*piece);
+        std::vector<PiecePtr> pieces;
+        pieces.push_back(std::move(piece));
+        auto done = append_pieces(pieces);
+        spare_.push_back(std::move(pieces.front()));
         if (!done) {
             set_error(done.error());
         }
@@ -135,38 +166,45 @@ Result<void> LeafPipeline::submit() {
     if (error_) {
         return std::unexpected(*error_);
     }
-    to_hash_.push_back(current_.get());
-    in_order_.push_back(std::move(current_));
+    to_hash_.push_back(piece.get());
+    in_order_.push_back(std::move(piece));
     changed_.notify_all();
     return {};
 }
 
-void LeafPipeline::cut_and_hash(Leaf& leaf) const {
-    const Bytes pages(leaf.buffer.get(), leaf.filled_bytes);
-    leaf.cuts.clear();
-    nebula::cut_block_data(pages, 0, leaf.cuts);
+void ImportPipeline::hash(Piece& piece) {
     std::vector<Bytes> chunks;
-    chunks.reserve(leaf.cuts.size());
-    for (const nebula::Cut& cut : leaf.cuts) {
-        chunks.push_back(pages.subspan(cut.first_page * kPageBytes, cut.pages * kPageBytes));
+    chunks.reserve(piece.cuts.size());
+    for (const nebula::Cut& cut : piece.cuts) {
+        chunks.push_back(piece.pages_of(cut));
     }
-    leaf.ids.resize(chunks.size());
-    hash_chunks(chunks, leaf.ids);
+    piece.ids.resize(chunks.size());
+    hash_chunks(chunks, piece.ids);
 }
 
-/// Appends consecutive leaves as one batch and adds them to the tree.
-Result<void> LeafPipeline::append_leaves(std::vector<LeafPtr>& leaves) {
+/// Leaves come in order; one is complete when the next one begins.
+Result<void> ImportPipeline::add_extent(uint64_t leaf, const Extent& extent) {
+    if (leaf != leaf_) {
+        STELLARIUM_TRY(builder_.add_leaf(leaf_, leaf_extents_));
+        leaf_extents_.clear();
+        leaf_ = leaf;
+    }
+    append_merged(leaf_extents_, extent);
+    return {};
+}
+
+/// Appends the chunks of consecutive pieces as one batch and adds them to the tree.
+Result<void> ImportPipeline::append_pieces(std::vector<PiecePtr>& pieces) {
     nebula::WriteBatch batch;
     uint64_t data_bytes = 0;
-    for (const LeafPtr& leaf : leaves) {
+    for (const PiecePtr& piece : pieces) {
         uint64_t mapped_bytes = 0;
-        for (size_t i = 0; i < leaf->cuts.size(); ++i) {
-            const Bytes pages(leaf->buffer.get() + leaf->cuts[i].first_page * kPageBytes,
-                              leaf->cuts[i].pages * kPageBytes);
-            batch.add_chunk(leaf->ids[i], pages);
+        for (size_t i = 0; i < piece->cuts.size(); ++i) {
+            const Bytes pages = piece->pages_of(piece->cuts[i]);
+            batch.add_chunk(piece->ids[i], pages);
             mapped_bytes += pages.size();
         }
-        zero_bytes_ += leaf->filled_bytes - mapped_bytes;
+        zero_bytes_ += piece->filled_bytes - mapped_bytes;
         data_bytes += mapped_bytes;
     }
     if (data_bytes == 0) {
@@ -174,17 +212,25 @@ Result<void> LeafPipeline::append_leaves(std::vector<LeafPtr>& leaves) {
     }
     STELLARIUM_ASSIGN(const nebula::Appended appended, store_.append(batch));
     size_t ordinal = 0;
-    for (const LeafPtr& leaf : leaves) {
-        Extents extents;
-        for (size_t i = 0; i < leaf->cuts.size(); ++i) {
-            append_merged(extents, {.first_page = static_cast<uint16_t>(leaf->cuts[i].first_page),
-                                    .pages = static_cast<uint16_t>(leaf->cuts[i].pages),
-                                    .first_in_chunk = 0,
-                                    .hole = false,
-                                    .id = leaf->ids[i],
-                                    .chunk_address = appended.locations[ordinal++].address});
+    for (const PiecePtr& piece : pieces) {
+        for (size_t i = 0; i < piece->cuts.size(); ++i) {
+            const nebula::PageAddress address = appended.locations[ordinal++].address;
+            Result<void> added;
+            nebula::split_at_leaves(piece->cuts[i], [&](const nebula::LeafPart& part) {
+                if (!added) {
+                    return;
+                }
+                added = add_extent(
+                    part.first_page / kPagesPerLeaf,
+                    {.first_page = static_cast<uint16_t>(part.first_page % kPagesPerLeaf),
+                     .pages = static_cast<uint16_t>(part.pages),
+                     .first_in_chunk = static_cast<uint8_t>(part.first_page_in_chunk),
+                     .hole = false,
+                     .id = piece->ids[i],
+                     .chunk_address = address});
+            });
+            STELLARIUM_TRY(std::move(added));
         }
-        STELLARIUM_TRY(builder_.add_leaf(leaf->number, extents));
     }
     new_bytes_ += appended.new_bytes;
     duplicate_bytes_ += appended.duplicate_bytes;
@@ -192,24 +238,24 @@ Result<void> LeafPipeline::append_leaves(std::vector<LeafPtr>& leaves) {
     return {};
 }
 
-void LeafPipeline::run_worker() {
+void ImportPipeline::run_worker() {
     std::unique_lock lock(mutex_);
     while (true) {
         changed_.wait(lock, [this] { return !to_hash_.empty() || stopping_ || error_; });
         if (stopping_ || error_) {
             return;
         }
-        Leaf* leaf = to_hash_.front();
+        Piece* piece = to_hash_.front();
         to_hash_.pop_front();
         lock.unlock();
-        cut_and_hash(*leaf);
+        hash(*piece);
         lock.lock();
-        leaf->hashed = true;
+        piece->hashed = true;
         changed_.notify_all();
     }
 }
 
-void LeafPipeline::run_appender() {
+void ImportPipeline::run_appender() {
     std::unique_lock lock(mutex_);
     while (true) {
         changed_.wait(lock, [this] {
@@ -218,28 +264,28 @@ void LeafPipeline::run_appender() {
         if (stopping_ || error_) {
             return;
         }
-        std::vector<LeafPtr> leaves;
+        std::vector<PiecePtr> pieces;
         while (!in_order_.empty() && in_order_.front()->hashed &&
-               leaves.size() < kLeavesPerAppend) {
-            leaves.push_back(std::move(in_order_.front()));
+               pieces.size() < kPiecesPerAppend) {
+            pieces.push_back(std::move(in_order_.front()));
             in_order_.pop_front();
         }
         appending_ = true;
         lock.unlock();
-        const auto done = append_leaves(leaves);
+        const auto done = append_pieces(pieces);
         lock.lock();
         appending_ = false;
         if (!done && !error_) {
             error_ = done.error();
         }
-        std::move(leaves.begin(), leaves.end(), std::back_inserter(spare_));
+        std::move(pieces.begin(), pieces.end(), std::back_inserter(spare_));
         changed_.notify_all();
     }
 }
 
-Result<ImportedTree> LeafPipeline::finish() {
+Result<ImportedTree> ImportPipeline::finish() {
     if (current_) {
-        STELLARIUM_TRY(submit());
+        STELLARIUM_TRY(submit(/*next_page_follows=*/false));
     }
     {
         std::unique_lock lock(mutex_);
@@ -249,12 +295,13 @@ Result<ImportedTree> LeafPipeline::finish() {
         }
     }
     stop();
+    STELLARIUM_TRY(builder_.add_leaf(leaf_, leaf_extents_));
     ImportedTree tree{.root = {}, .end_bytes = end_bytes_, .data_bytes = data_bytes_};
     STELLARIUM_ASSIGN(tree.root, builder_.finish());
     return tree;
 }
 
-ImageImport::Progress LeafPipeline::progress() const {
+ImageImport::Progress ImportPipeline::progress() const {
     return {.bytes = bytes_,
             .new_bytes = new_bytes_,
             .duplicate_bytes = duplicate_bytes_,

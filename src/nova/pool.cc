@@ -268,7 +268,7 @@ class PoolImport final : public ImageImport {
   private:
     PoolImpl& pool_;
     const std::string name_;
-    LeafPipeline pipeline_;
+    ImportPipeline pipeline_;
     bool finished_ = false;
 };
 
