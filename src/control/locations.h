@@ -9,8 +9,8 @@
 //   control socket   runtime + "/control.sock"
 //
 // A running daemon also writes down where it is, in the store itself (daemon.json), so that clients
-// find it whatever it was told on its command line. The record of a daemon that died stays: its
-// runtime directory may hold acknowledged writes that the next owner of the store must adopt.
+// find it whatever it was told on its command line. The record of a daemon that died stays until
+// the next one; a client that finds nobody there opens the store itself.
 //
 // Thread rule: reads the environment; call before threads change it.
 #pragma once

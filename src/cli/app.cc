@@ -1,0 +1,317 @@
+#include "cli/app.h"
+
+#include <array>
+#include <memory>
+
+#include <CLI/App.hpp>
+#include <CLI/Config.hpp>
+#include <CLI/Formatter.hpp>
+#include <fmt/format.h>
+
+#include "control/suggest.h"
+
+namespace stellarium::cli {
+namespace {
+
+constexpr const char* kFooter = R"(A first session:
+  stellarctl init
+  stellarctl image import debian debian.qcow2
+  stellarctl volume clone debian vm-{n} --count 1000
+  stellariumd &
+  stellarctl attach vm-1 --vhost-user /run/user/1000/vm-1.sock
+  stellarctl snapshot create vm-1 before-upgrade
+  stellarctl stats
+
+The store is --store, else $STELLARIUM_STORE, else /var/lib/stellarium for root and
+~/.local/share/stellarium for others. A daemon that holds it is found by itself; --socket or
+$STELLARIUM_SOCKET names one. Sizes are written 512, 64KiB, 10GiB. A SOURCE is an image, a volume or
+VOLUME@SNAPSHOT.
+
+Exit codes: 0 done, 1 unexpected, 2 wrong words or values, 3 not found, 4 exists already, 5 busy,
+6 corrupt, 7 unsupported, 8 I/O error, 9 no space, 10 read-only, 11 permission denied, 12 limit
+exceeded, 13 unavailable (no daemon, a missing tool), 14 would block, 15 interrupted,
+16 cancelled, 17 protocol error. See stellarctl(1).)";
+
+/// Builds the commands, each with what all of them share.
+class Builder {
+  public:
+    Builder(CLI::App& app, Invocation& invocation) : app_(app), invocation_(invocation) {}
+
+    CLI::App* group(const std::string& name, const std::string& help) {
+        CLI::App* const noun = app_.add_subcommand(name, help);
+        noun->require_subcommand(1);
+        return noun;
+    }
+
+    CLI::App* command(CLI::App* parent, const std::string& name, const std::string& help,
+                      Command function, const std::string& examples) {
+        CLI::App* const verb = parent->add_subcommand(name, help);
+        verb->footer("Examples:\n" + examples);
+        Invocation& invocation = invocation_;
+        const std::string path = parent == &app_ ? name : parent->get_name() + " " + name;
+        verb->callback([&invocation, function, path] {
+            invocation.command = function;
+            invocation.command_path = path;
+        });
+        common(verb);
+        return verb;
+    }
+
+    /// Options that every command takes, before or after its words.
+    void common(CLI::App* app) {
+        const auto in_group = [](CLI::Option* option) { option->group("Common options"); };
+        in_group(
+            app->add_option("--store", invocation_.location.store, "the store")->type_name("DIR"));
+        in_group(app->add_option("--socket", invocation_.location.socket,
+                                 "the control socket of the daemon to use")
+                     ->type_name("PATH"));
+        in_group(app->add_flag("--json", invocation_.json, "print JSON"));
+        in_group(app->add_flag("--bytes", invocation_.exact_bytes, "print sizes in bytes"));
+        in_group(app->add_flag("--no-progress", invocation_.no_progress,
+                               "show no progress line, even on a terminal"));
+        in_group(app->add_flag("--allow-unsafe-file-system",
+                               invocation_.location.allow_unsafe_file_system,
+                               "use a store on a network file system all the same"));
+    }
+
+    CLI::Option* word(CLI::App* app, const std::string& name, std::string& into,
+                      const std::string& help, const std::string& type) {
+        return app->add_option(name, into, help)->required()->type_name(type);
+    }
+
+    Arguments& arguments() { return invocation_.arguments; }
+
+  private:
+    CLI::App& app_;
+    Invocation& invocation_;
+};
+
+void add_image_commands(CLI::App& app, Builder& builder) {
+    Arguments& arguments = builder.arguments();
+    (void)app;
+    CLI::App* const image = builder.group("image", "Images: read-only disks to clone from");
+    CLI::App* verb = builder.command(
+        image, "import", "Import a disk image: raw, qcow2, vmdk, vhdx, vdi, found by content",
+        image_import,
+        "  stellarctl image import debian debian.qcow2\n"
+        "  stellarctl image import empty-disk /dev/vdb\n"
+        "  curl -s https://example.org/disk.raw.xz | xz -d | stellarctl image import disk -");
+    builder.word(verb, "NAME", arguments.name, "name of the new image", "");
+    builder.word(verb, "PATH", arguments.path, "the file; '-' reads raw bytes from standard input",
+                 "FILE");
+    verb->add_option("--format", arguments.format,
+                     "take the file for this format, whatever its content looks like")
+        ->type_name("FORMAT");
+    verb->add_flag("--allow-backing", arguments.allow_backing,
+                   "follow references to other files (backing file, data file) in the image");
+
+    builder.command(image, "ls", "List the images", image_list,
+                    "  stellarctl image ls\n  stellarctl image ls --json");
+    verb = builder.command(image, "info", "Show an image", image_info,
+                           "  stellarctl image info debian");
+    builder.word(verb, "NAME", arguments.name, "the image", "IMAGE");
+    verb = builder.command(image, "rm", "Remove images; clones of them stay", image_remove,
+                           "  stellarctl image rm debian-11 debian-10");
+    verb->add_option("NAME", arguments.names, "the images")->required()->type_name("IMAGE");
+    verb = builder.command(image, "rename", "Rename an image", image_rename,
+                           "  stellarctl image rename debian debian-12");
+    builder.word(verb, "OLD", arguments.name, "the image", "IMAGE");
+    builder.word(verb, "NEW", arguments.other_name, "its new name", "");
+    verb = builder.command(image, "export", "Write an image to a raw file, sparse", image_export,
+                           "  stellarctl image export debian debian.raw\n"
+                           "  stellarctl image export debian - | zstd > debian.raw.zst");
+    builder.word(verb, "NAME", arguments.name, "the image", "IMAGE");
+    builder.word(verb, "PATH", arguments.path, "a file, a block device, or '-' for standard output",
+                 "FILE");
+    verb->add_flag("--force", arguments.force, "replace a file, overwrite a device");
+}
+
+void add_volume_commands(Builder& builder) {
+    Arguments& arguments = builder.arguments();
+    CLI::App* const volume = builder.group("volume", "Volumes: writable disks");
+    CLI::App* verb = builder.command(volume, "create", "Make an empty volume", volume_create,
+                                     "  stellarctl volume create data --size 10GiB");
+    builder.word(verb, "NAME", arguments.name, "name of the new volume", "");
+    verb->add_option("--size", arguments.size, "its size, a multiple of 512 bytes")
+        ->required()
+        ->type_name("SIZE");
+
+    verb =
+        builder.command(volume, "clone", "Make volumes that start equal to a source", volume_clone,
+                        "  stellarctl volume clone debian vm-1\n"
+                        "  stellarctl volume clone vm-1@before-upgrade vm-1-old\n"
+                        "  stellarctl volume clone debian vm-{n} --count 1000   # vm-1 to vm-1000");
+    builder.word(verb, "SOURCE", arguments.source, "image, volume or VOLUME@SNAPSHOT", "SOURCE");
+    builder.word(verb, "NAME", arguments.name, "name of the clone; {n} becomes its number", "");
+    verb->add_option("--count", arguments.count, "make this many, all or none")->type_name("N");
+
+    builder.command(volume, "ls", "List the volumes", volume_list,
+                    "  stellarctl volume ls\n  stellarctl volume ls --json | jq -r '.[].name'");
+    verb = builder.command(volume, "info", "Show a volume", volume_info,
+                           "  stellarctl volume info vm-1");
+    builder.word(verb, "NAME", arguments.name, "the volume", "VOLUME");
+    verb = builder.command(volume, "resize", "Grow a volume, or shrink it while it is not attached",
+                           volume_resize, "  stellarctl volume resize vm-1 20GiB");
+    builder.word(verb, "NAME", arguments.name, "the volume", "VOLUME");
+    builder.word(verb, "SIZE", arguments.size, "its new size", "");
+    verb = builder.command(volume, "rename", "Rename a volume", volume_rename,
+                           "  stellarctl volume rename vm-1 web-1");
+    builder.word(verb, "OLD", arguments.name, "the volume", "VOLUME");
+    builder.word(verb, "NEW", arguments.other_name, "its new name", "");
+    verb = builder.command(volume, "rm", "Remove volumes with their snapshots, all or none",
+                           volume_remove, "  stellarctl volume rm vm-1 vm-2");
+    verb->add_option("NAME", arguments.names, "the volumes")->required()->type_name("VOLUME");
+    verb = builder.command(volume, "export", "Write a volume or snapshot to a raw file, sparse",
+                           volume_export,
+                           "  stellarctl volume export vm-1 vm-1.raw\n"
+                           "  stellarctl volume export vm-1@before /dev/vdb --force");
+    builder.word(verb, "NAME", arguments.name, "volume or VOLUME@SNAPSHOT", "SOURCE");
+    builder.word(verb, "PATH", arguments.path, "a file, a block device, or '-' for standard output",
+                 "FILE");
+    verb->add_flag("--force", arguments.force, "replace a file, overwrite a device");
+    verb = builder.command(volume, "diff", "List the ranges that differ between two sources",
+                           volume_diff,
+                           "  stellarctl volume diff vm-1@before vm-1\n"
+                           "  stellarctl volume diff debian vm-1 --json");
+    builder.word(verb, "A", arguments.source, "image, volume or VOLUME@SNAPSHOT", "SOURCE");
+    builder.word(verb, "B", arguments.other_name, "image, volume or VOLUME@SNAPSHOT", "SOURCE");
+}
+
+void add_snapshot_commands(Builder& builder) {
+    Arguments& arguments = builder.arguments();
+    CLI::App* const snapshot = builder.group("snapshot", "Snapshots: kept states of volumes");
+    CLI::App* verb =
+        builder.command(snapshot, "create", "Keep the present state of a volume", snapshot_create,
+                        "  stellarctl snapshot create vm-1 before-upgrade");
+    builder.word(verb, "VOLUME", arguments.name, "the volume", "VOLUME");
+    builder.word(verb, "NAME", arguments.other_name, "name of the snapshot", "");
+    verb =
+        builder.command(snapshot, "ls", "List the snapshots of one or all volumes", snapshot_list,
+                        "  stellarctl snapshot ls\n  stellarctl snapshot ls vm-1 --json");
+    verb->add_option("VOLUME", arguments.name, "the volume; all when left out")
+        ->type_name("VOLUME");
+    verb = builder.command(snapshot, "info", "Show a snapshot", snapshot_info,
+                           "  stellarctl snapshot info vm-1 before-upgrade");
+    builder.word(verb, "VOLUME", arguments.name, "the volume", "VOLUME");
+    builder.word(verb, "NAME", arguments.other_name, "the snapshot", "SNAPSHOT");
+    verb = builder.command(snapshot, "rollback", "Make a volume equal to one of its snapshots",
+                           snapshot_rollback, "  stellarctl snapshot rollback vm-1 before-upgrade");
+    builder.word(verb, "VOLUME", arguments.name, "the volume, not attached", "VOLUME");
+    builder.word(verb, "NAME", arguments.other_name, "the snapshot", "SNAPSHOT");
+    verb = builder.command(snapshot, "rm", "Remove a snapshot", snapshot_remove,
+                           "  stellarctl snapshot rm vm-1 before-upgrade");
+    builder.word(verb, "VOLUME", arguments.name, "the volume", "VOLUME");
+    builder.word(verb, "NAME", arguments.other_name, "the snapshot", "SNAPSHOT");
+}
+
+void add_attachment_commands(CLI::App& app, Builder& builder) {
+    Arguments& arguments = builder.arguments();
+    CLI::App* verb = builder.command(
+        &app, "attach", "Give a volume to a virtual machine, through the daemon", attach,
+        "  stellarctl attach vm-1 --vhost-user /run/user/1000/vm-1.sock\n"
+        "  stellarctl attach debian --vhost-user ./debian.sock --read-only --queues 4");
+    builder.word(verb, "VOLUME", arguments.name,
+                 "the volume; read-only also an image or VOLUME@SNAPSHOT", "SOURCE");
+    verb->add_option("--vhost-user", arguments.path,
+                     "where the virtual machine monitor finds the vhost-user-blk socket")
+        ->required()
+        ->type_name("SOCKET");
+    verb->add_flag("--read-only", arguments.read_only, "the guest cannot write");
+    verb->add_option("--queues", arguments.queues, "queues that the guest may use, 1 to 64")
+        ->type_name("N");
+    verb->add_option("--serial", arguments.serial,
+                     "serial number that the guest sees, at most 20 bytes (default: the name)")
+        ->type_name("S");
+    verb->add_option("--block-size", arguments.block_size,
+                     "logical block that the guest sees, 512 or 4096")
+        ->type_name("BYTES");
+    verb =
+        builder.command(&app, "detach", "Take a volume back", detach, "  stellarctl detach vm-1");
+    builder.word(verb, "VOLUME", arguments.name, "the volume", "ATTACHMENT");
+    builder.command(&app, "attachments", "List what is attached", list_attachments,
+                    "  stellarctl attachments\n  stellarctl attachments --json");
+}
+
+void add_store_commands(CLI::App& app, Builder& builder, Invocation& invocation) {
+    builder.command(&app, "stats", "Show what the store holds and saves", stats,
+                    "  stellarctl stats\n  stellarctl stats --json | jq .dedup_ratio");
+    builder.command(&app, "status", "Show the store's state and who serves it", status,
+                    "  stellarctl status");
+    CLI::App* const completion =
+        app.add_subcommand("completion", "Print a completion script for a shell");
+    completion->footer(
+        "Examples:\n"
+        "  source <(stellarctl completion bash)\n"
+        "  stellarctl completion zsh > ~/.zfunc/_stellarctl\n"
+        "  stellarctl completion fish > ~/.config/fish/completions/stellarctl.fish");
+    completion->add_option("SHELL", invocation.shell, "bash, zsh or fish")
+        ->required()
+        ->type_name("SHELL");
+    completion->callback([&invocation] { invocation.command_path = "completion"; });
+    CLI::App* const version = app.add_subcommand("version", "Print the version");
+    version->footer("Examples:\n  stellarctl version");
+    version->add_flag("--json", invocation.json, "print JSON");
+    version->callback([&invocation] { invocation.command_path = "version"; });
+}
+
+/// Does this word, an option, take the next one as its value?
+bool takes_value(CLI::App& app, const std::string& word) {
+    const CLI::Option* const option = app.get_option_no_throw(word);
+    return option != nullptr && option->get_items_expected_max() > 0;
+}
+
+}  // namespace
+
+void build_app(CLI::App& app, Invocation& invocation) {
+    app.name("stellarctl");
+    app.description("stellarctl: images, volumes and snapshots of a Stellarium store.");
+    app.footer(kFooter);
+    app.set_version_flag("--version", "stellarctl " STELLARIUM_VERSION);
+    app.require_subcommand(1);
+    Builder builder(app, invocation);
+    builder.common(&app);
+    builder.command(&app, "init", "Make an empty store", init,
+                    "  stellarctl init\n  stellarctl init --store /srv/pool");
+    add_image_commands(app, builder);
+    add_volume_commands(builder);
+    add_snapshot_commands(builder);
+    add_attachment_commands(app, builder);
+    add_store_commands(app, builder, invocation);
+}
+
+CLI::App* find_command(CLI::App& app, std::string_view name) {
+    const std::vector<CLI::App*> found =
+        app.get_subcommands([&](CLI::App* command) { return command->get_name() == name; });
+    return found.empty() ? nullptr : found.front();
+}
+
+std::string unknown_command(CLI::App& app, std::span<const std::string> words) {
+    CLI::App* at = &app;
+    for (size_t i = 0; i < words.size(); ++i) {
+        const std::string& word = words[i];
+        if (word.starts_with('-')) {
+            if (word.find('=') == std::string::npos && takes_value(*at, word)) {
+                ++i;
+            }
+            continue;
+        }
+        const std::vector<CLI::App*> below = at->get_subcommands([](CLI::App*) { return true; });
+        if (below.empty()) {
+            return {};
+        }
+        CLI::App* const next = find_command(*at, word);
+        if (next == nullptr) {
+            std::vector<std::string> names;
+            for (const CLI::App* command : below) {
+                names.push_back(command->get_name());
+            }
+            return fmt::format("there is no command '{}{}'{}",
+                               at == &app ? "" : at->get_name() + " ", word,
+                               control::did_you_mean(word, names));
+        }
+        at = next;
+    }
+    return {};
+}
+
+}  // namespace stellarium::cli

@@ -1,0 +1,91 @@
+// Every command of stellarctl, after its words were understood (app.h) and before anything is
+// printed (output.h): each asks the control interface and puts the answer into the output.
+//
+// Thread rule: one thread.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/error.h"
+#include "cli/output.h"
+#include "cli/session.h"
+
+namespace stellarium::cli {
+
+/// What a command works with.
+class Context {
+  public:
+    Context(StoreLocation location, Output& out, bool progress)
+        : location_(std::move(location)), out_(out), progress_(progress) {}
+
+    /// Opened at the first use.
+    Result<control::ControlClient*> client();
+    Session* session() { return session_.get(); }
+    const StoreLocation& location() const { return location_; }
+    Output& out() { return out_; }
+    bool progress() const { return progress_; }
+    Result<void> close();
+
+  private:
+    StoreLocation location_;
+    Output& out_;
+    bool progress_;
+    std::unique_ptr<Session> session_;
+};
+
+/// All that any command can be given; each uses its own.
+struct Arguments {
+    std::string name;
+    std::string other_name;
+    std::string path;
+    std::string size;
+    std::string source;
+    std::vector<std::string> names;
+    std::string format;
+    std::string serial;
+    uint64_t count = 1;
+    uint64_t queues = 1;
+    uint64_t block_size = 512;
+    bool force = false;
+    bool read_only = false;
+    bool allow_backing = false;
+};
+
+using Command = Result<void> (*)(Context&, const Arguments&);
+
+Result<void> init(Context& context, const Arguments& arguments);
+Result<void> image_import(Context& context, const Arguments& arguments);
+Result<void> image_list(Context& context, const Arguments& arguments);
+Result<void> image_info(Context& context, const Arguments& arguments);
+Result<void> image_remove(Context& context, const Arguments& arguments);
+Result<void> image_rename(Context& context, const Arguments& arguments);
+Result<void> image_export(Context& context, const Arguments& arguments);
+Result<void> volume_create(Context& context, const Arguments& arguments);
+Result<void> volume_clone(Context& context, const Arguments& arguments);
+Result<void> volume_list(Context& context, const Arguments& arguments);
+Result<void> volume_info(Context& context, const Arguments& arguments);
+Result<void> volume_resize(Context& context, const Arguments& arguments);
+Result<void> volume_rename(Context& context, const Arguments& arguments);
+Result<void> volume_remove(Context& context, const Arguments& arguments);
+Result<void> volume_export(Context& context, const Arguments& arguments);
+Result<void> volume_diff(Context& context, const Arguments& arguments);
+Result<void> snapshot_create(Context& context, const Arguments& arguments);
+Result<void> snapshot_list(Context& context, const Arguments& arguments);
+Result<void> snapshot_info(Context& context, const Arguments& arguments);
+Result<void> snapshot_rollback(Context& context, const Arguments& arguments);
+Result<void> snapshot_remove(Context& context, const Arguments& arguments);
+Result<void> attach(Context& context, const Arguments& arguments);
+Result<void> detach(Context& context, const Arguments& arguments);
+Result<void> list_attachments(Context& context, const Arguments& arguments);
+Result<void> stats(Context& context, const Arguments& arguments);
+Result<void> status(Context& context, const Arguments& arguments);
+Result<void> dump(Context& context, const Arguments& arguments);
+
+/// The names for `volume clone --count`: {n} in `pattern` becomes 1, 2, ... count.
+/// kInvalidArgument when several names would be the same.
+Result<std::vector<std::string>> expand_names(const std::string& pattern, uint64_t count);
+
+}  // namespace stellarium::cli

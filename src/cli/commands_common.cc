@@ -1,0 +1,150 @@
+#include "cli/commands_common.h"
+
+#include <cstdio>
+
+#include <fmt/format.h>
+
+#include "cli/export_target.h"
+#include "cli/progress.h"
+#include "control/service.h"
+
+namespace stellarium::cli {
+
+using control::Json;
+
+Result<control::ControlClient*> Context::client() {
+    if (!session_) {
+        STELLARIUM_ASSIGN(session_, Session::open(location_));
+        for (const std::string& warning : session_->warnings()) {
+            fmt::print(stderr, "stellarctl: warning: {}\n", warning);
+        }
+    }
+    return &session_->client();
+}
+
+Result<void> Context::close() {
+    return session_ ? session_->close() : Result<void>();
+}
+
+Result<Json> ask(Context& context, std::string_view method, std::string target) {
+    STELLARIUM_ASSIGN(control::ControlClient* const client, context.client());
+    return client->call(method, std::move(target));
+}
+
+Result<Json> ask(Context& context, std::string_view method, std::string target, const Json& body) {
+    STELLARIUM_ASSIGN(control::ControlClient* const client, context.client());
+    return client->call(method, std::move(target), body);
+}
+
+std::string target_of(std::string_view prefix, std::string_view name) {
+    return std::string(prefix) + control::percent_encode(name);
+}
+
+namespace {
+
+const Json* field(const Json& json, std::string_view key) {
+    if (!json.is_object()) {
+        return nullptr;
+    }
+    const auto found = json.find(std::string(key));
+    return found == json.end() ? nullptr : &*found;
+}
+
+}  // namespace
+
+std::string text_field(const Json& json, std::string_view key) {
+    const Json* const value = field(json, key);
+    return value != nullptr && value->is_string() ? value->get<std::string>() : std::string();
+}
+
+uint64_t number_field(const Json& json, std::string_view key) {
+    const Json* const value = field(json, key);
+    return value != nullptr && value->is_number_unsigned() ? value->get<uint64_t>() : 0;
+}
+
+bool bool_field(const Json& json, std::string_view key) {
+    const Json* const value = field(json, key);
+    return value != nullptr && value->is_boolean() && value->get<bool>();
+}
+
+void print_entity(Context& context, const Json& entity) {
+    Output& out = context.out();
+    if (out.json()) {
+        out.value(entity);
+        return;
+    }
+    const auto row = [&](std::string_view title, const std::string& value) {
+        if (!value.empty()) {
+            out.line(fmt::format("{:<12} {}", title, value));
+        }
+    };
+    const bool is_volume = text_field(entity, "kind") == "volume";
+    row("name", text_field(entity, "name"));
+    row("kind", text_field(entity, "kind"));
+    row("size", out.size(number_field(entity, "size_bytes")));
+    row("data", out.size(number_field(entity, "data_bytes")));
+    if (number_field(entity, "dirty_bytes") > 0) {
+        row("dirty", out.size(number_field(entity, "dirty_bytes")));
+    }
+    row("extents", std::to_string(number_field(entity, "extents")));
+    row("root", text_field(entity, "root"));
+    const std::string parent = text_field(entity, "parent");
+    row("parent",
+        bool_field(entity, "parent_removed") && !parent.empty() ? parent + " (removed)" : parent);
+    if (const Json* const lineage = field(entity, "lineage");
+        lineage != nullptr && lineage->is_array() && lineage->size() > 1) {
+        std::string chain;
+        for (const Json& ancestor : *lineage) {
+            chain += chain.empty() ? "" : " < ";
+            chain += ancestor.is_string() ? ancestor.get<std::string>() : "?";
+        }
+        row("lineage", chain);
+    }
+    if (is_volume) {
+        row("snapshots", std::to_string(number_field(entity, "snapshots")));
+    }
+    row("created", text_field(entity, "created"));
+    if (bool_field(entity, "attached")) {
+        const std::string label = text_field(entity, "attachment");
+        row("attached", label.empty() ? "yes" : label);
+    }
+}
+
+void print_done(Context& context, const Json& json, std::string_view sentence) {
+    if (context.out().json()) {
+        context.out().value(json);
+    } else {
+        context.out().line(sentence);
+    }
+}
+
+Result<void> export_source(Context& context, const Arguments& arguments, const std::string& source,
+                           const Json& info) {
+    const uint64_t size_bytes = number_field(info, "size_bytes");
+    const uint64_t data_bytes = number_field(info, "data_bytes");
+    STELLARIUM_ASSIGN(const std::unique_ptr<ExportTarget> target,
+                      ExportTarget::open(arguments.path, {.size_bytes = size_bytes,
+                                                          .data_bytes = data_bytes,
+                                                          .force = arguments.force}));
+    STELLARIUM_ASSIGN(control::ControlClient* const client, context.client());
+    STELLARIUM_ASSIGN(const std::unique_ptr<control::SparseSource> content,
+                      client->download(target_of("/v1/content?source=", source)));
+    Progress progress("exporting " + source, context.progress());
+    ProgressSource watched(*content, progress);
+    STELLARIUM_TRY(target->write_all(watched));
+    progress.finish();
+    if (arguments.path == "-") {
+        return {};  // Standard output has the content.
+    }
+    print_done(context,
+               Json{{"source", source},
+                    {"path", arguments.path},
+                    {"size_bytes", content->size_bytes()},
+                    {"data_bytes", progress.data_bytes()}},
+               fmt::format("exported '{}' to {}: {}, {} of data", source, arguments.path,
+                           context.out().size(content->size_bytes()),
+                           context.out().size(progress.data_bytes())));
+    return {};
+}
+
+}  // namespace stellarium::cli

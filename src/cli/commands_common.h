@@ -1,0 +1,36 @@
+// Small things that several command files share.
+//
+// Thread rule: one thread.
+#pragma once
+
+#include <string>
+#include <string_view>
+
+#include "cli/commands.h"
+#include "control/json.h"
+
+namespace stellarium::cli {
+
+/// Asks the control interface.
+Result<control::Json> ask(Context& context, std::string_view method, std::string target);
+Result<control::Json> ask(Context& context, std::string_view method, std::string target,
+                          const control::Json& body);
+
+/// "/v1/images/" + the encoded name.
+std::string target_of(std::string_view prefix, std::string_view name);
+
+/// Fields of an answer; "" or 0 when the other side left them out.
+std::string text_field(const control::Json& json, std::string_view key);
+uint64_t number_field(const control::Json& json, std::string_view key);
+bool bool_field(const control::Json& json, std::string_view key);
+
+/// Prints one object: JSON as it is, or "Key  value" lines for people.
+void print_entity(Context& context, const control::Json& entity);
+/// Prints the object for programs and the sentence for people.
+void print_done(Context& context, const control::Json& json, std::string_view sentence);
+
+/// Exports `source`, an image, volume or snapshot that `info` describes, to `arguments.path`.
+Result<void> export_source(Context& context, const Arguments& arguments, const std::string& source,
+                           const control::Json& info);
+
+}  // namespace stellarium::cli

@@ -1,0 +1,198 @@
+// Attachments, and the store as a whole.
+#include <array>
+#include <cerrno>
+
+#include <fmt/format.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "cli/commands_common.h"
+#include "control/locations.h"
+
+namespace stellarium::cli {
+
+using control::Json;
+
+namespace {
+
+/// The link's target, or "" when `path` is no link.
+std::string link_target(const std::string& path) {
+    std::array<char, 4096> buffer{};
+    const ssize_t length = readlink(path.c_str(), buffer.data(), buffer.size());
+    return length < 0 ? std::string() : std::string(buffer.data(), static_cast<size_t>(length));
+}
+
+/// What stands at `path` may be replaced by our link: nothing, or a link that leads nowhere, such
+/// as one that an earlier attachment left.
+Result<void> check_link_place(const std::string& path) {
+    if (path.size() > control::kMaxSocketPathBytes) {
+        return fail(ErrorCode::kInvalidArgument,
+                    fmt::format("{} is {} bytes long, and a socket's path has at most {}", path,
+                                path.size(), control::kMaxSocketPathBytes));
+    }
+    struct stat status{};
+    if (lstat(path.c_str(), &status) != 0) {
+        if (errno == ENOENT) {
+            return {};
+        }
+        return std::unexpected(Error::from_errno(errno, "look at " + path));
+    }
+    if (S_ISLNK(status.st_mode) && stat(path.c_str(), &status) != 0) {
+        return {};
+    }
+    return fail(ErrorCode::kAlreadyExists,
+                fmt::format("{} exists; name another path for the socket, or remove it", path));
+}
+
+Result<void> make_link(const std::string& socket, const std::string& link) {
+    if (!link_target(link).empty()) {
+        unlink(link.c_str());
+    }
+    if (symlink(socket.c_str(), link.c_str()) != 0) {
+        return std::unexpected(
+            Error::from_errno(errno, fmt::format("make the link {} to {}", link, socket)));
+    }
+    return {};
+}
+
+/// Where the link will stand: its folder without links, its own name as given.
+std::string link_place(const std::string& path) {
+    const size_t slash = path.rfind('/');
+    if (slash == std::string::npos) {
+        return control::real_path(".") + "/" + path;
+    }
+    const std::string folder = control::real_path(slash == 0 ? "/" : path.substr(0, slash));
+    return (folder == "/" ? "" : folder) + path.substr(slash);
+}
+
+std::string attachment_target(const std::string& source) {
+    return target_of("/v1/attachments/", source);
+}
+
+/// A client's link is removed when it still leads to the daemon's socket; whatever else stands
+/// there now is somebody else's.
+void remove_link(const Json& attachment) {
+    const std::string link = text_field(attachment, "link");
+    const std::string socket = text_field(attachment, "socket");
+    if (link.empty()) {
+        return;
+    }
+    const std::string target = link_target(link);
+    struct stat status{};
+    const bool leads_nowhere = !target.empty() && stat(link.c_str(), &status) != 0;
+    if (!target.empty() && (target == socket || (socket.empty() && leads_nowhere))) {
+        unlink(link.c_str());
+    }
+}
+
+}  // namespace
+
+Result<void> attach(Context& context, const Arguments& arguments) {
+    const std::string link = link_place(arguments.path);
+    STELLARIUM_TRY(check_link_place(link));
+    STELLARIUM_ASSIGN(const Json attachment, ask(context, "PUT", attachment_target(arguments.name),
+                                                 Json{{"frontend", "vhost-user"},
+                                                      {"read_only", arguments.read_only},
+                                                      {"queues", arguments.queues},
+                                                      {"block_size", arguments.block_size},
+                                                      {"serial", arguments.serial},
+                                                      {"link", link}}));
+    const std::string socket = text_field(attachment, "socket");
+    if (socket != link) {
+        if (const Result<void> linked = make_link(socket, link); !linked) {
+            // All or nothing: without its name the socket is of no use to whoever asked.
+            const Result<Json> undone = ask(context, "DELETE", attachment_target(arguments.name));
+            return std::unexpected(undone
+                                       ? linked.error()
+                                       : linked.error().with_context(
+                                             "attached, and neither linked nor detached again (" +
+                                             undone.error().message() + ")"));
+        }
+    }
+    print_done(context, attachment, fmt::format("attached '{}' at {}", arguments.name, link));
+    return {};
+}
+
+Result<void> detach(Context& context, const Arguments& arguments) {
+    STELLARIUM_ASSIGN(const Json attachment,
+                      ask(context, "DELETE", attachment_target(arguments.name)));
+    remove_link(attachment);
+    print_done(context, attachment, fmt::format("detached '{}'", arguments.name));
+    return {};
+}
+
+Result<void> list_attachments(Context& context, const Arguments&) {
+    STELLARIUM_ASSIGN(const Json attachments, ask(context, "GET", "/v1/attachments"));
+    Output& out = context.out();
+    if (out.json()) {
+        out.value(attachments);
+        return {};
+    }
+    Table table(
+        {{"VOLUME"}, {"STATE"}, {"MODE"}, {"QUEUES", Align::kRight}, {"SOCKET"}, {"DETAIL"}});
+    for (const Json& attachment : attachments) {
+        const std::string link = text_field(attachment, "link");
+        table.add({text_field(attachment, "source"), text_field(attachment, "state"),
+                   bool_field(attachment, "read_only") ? "read-only" : "read-write",
+                   std::to_string(number_field(attachment, "queues")),
+                   link.empty() ? text_field(attachment, "socket") : link,
+                   text_field(attachment, "detail")});
+    }
+    out.table(table);
+    return {};
+}
+
+Result<void> stats(Context& context, const Arguments&) {
+    STELLARIUM_ASSIGN(const Json stats, ask(context, "GET", "/v1/stats"));
+    Output& out = context.out();
+    if (out.json()) {
+        out.value(stats);
+        return {};
+    }
+    for (const auto& [key, value] : stats.items()) {
+        std::string text;
+        if (key.ends_with("_bytes") && value.is_number_unsigned()) {
+            text = out.size(value.get<uint64_t>());
+        } else if (value.is_number_float()) {
+            text = fmt::format("{:.4f}", value.get<double>());
+        } else {
+            text = control::to_text(value);
+        }
+        out.line(fmt::format("{:<24} {}", key, text));
+    }
+    return {};
+}
+
+Result<void> status(Context& context, const Arguments&) {
+    STELLARIUM_ASSIGN(Json version, ask(context, "GET", "/v1/version"));
+    STELLARIUM_ASSIGN(const Json store, ask(context, "GET", "/v1/store"));
+    const bool daemon = context.session()->through_daemon();
+    Output& out = context.out();
+    if (out.json()) {
+        Json both = store;
+        both["daemon"] = daemon;
+        both["daemon_pid"] = daemon ? Json(number_field(version, "pid")) : Json(nullptr);
+        both["daemon_version"] = daemon ? Json(text_field(version, "version")) : Json(nullptr);
+        both["socket"] = daemon ? Json(text_field(version, "socket")) : Json(nullptr);
+        out.value(both);
+        return {};
+    }
+    out.line(fmt::format("store     {}", text_field(store, "directory")));
+    out.line(fmt::format("uuid      {}", text_field(store, "uuid")));
+    out.line(bool_field(store, "read_only")
+                 ? fmt::format("state     read-only: {}", text_field(store, "read_only_reason"))
+                 : "state     writable");
+    out.line(daemon ? fmt::format("daemon    running, version {}, pid {}, socket {}",
+                                  text_field(version, "version"), number_field(version, "pid"),
+                                  text_field(version, "socket"))
+                    : "daemon    not running");
+    if (store.contains("warnings") && store.at("warnings").is_array()) {
+        for (const Json& warning : store.at("warnings")) {
+            out.line(fmt::format("warning   {}",
+                                 warning.is_string() ? warning.get<std::string>() : "?"));
+        }
+    }
+    return {};
+}
+
+}  // namespace stellarium::cli

@@ -1,0 +1,31 @@
+// Runs a tool and gives what it printed.
+//
+//     STELLARIUM_ASSIGN(auto info, run_tool({"qemu-img", "info", "--output=json", path},
+//                                           "qemu-utils"));
+//
+// Thread rule: any thread.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "base/error.h"
+
+namespace stellarium::cli {
+
+/// Runs arguments[0] from PATH without a shell, standard input empty, and returns its standard
+/// output (at most 16 MiB). kUnavailable, naming `debian_package`, when the tool is not installed;
+/// kInvalidArgument with the tool's own words when it fails.
+Result<std::string> run_tool(const std::vector<std::string>& arguments,
+                             const std::string& debian_package);
+
+/// The error for a tool that is not there.
+Error missing_tool(const std::string& tool, const std::string& debian_package);
+
+/// Is `tool` an executable file in a folder of PATH?
+bool tool_exists(const std::string& tool);
+
+/// The last lines of a tool's messages as one: blank ends cut, newlines become "; ".
+std::string one_line(std::string text);
+
+}  // namespace stellarium::cli

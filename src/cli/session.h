@@ -1,0 +1,48 @@
+// The way to a store: through the daemon that holds it, or directly when none does.
+//
+//     STELLARIUM_ASSIGN(auto session, Session::open({.store = "/srv/pool"}));
+//     STELLARIUM_ASSIGN(Json stats, session->client().call("GET", "/v1/stats"));
+//     STELLARIUM_TRY(session->close());
+//
+// The daemon is looked for where control/locations.h says; --socket names one and is then the only
+// way. A store whose lock is held by something that does not answer is kBusy with the holder's pid.
+//
+// Thread rule: one thread.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/error.h"
+#include "control/client.h"
+
+namespace stellarium::cli {
+
+struct StoreLocation {
+    std::string store;   ///< "": $STELLARIUM_STORE, then the default.
+    std::string socket;  ///< "": $STELLARIUM_SOCKET, then looked for.
+    bool allow_unsafe_file_system = false;
+};
+
+/// The store that `location` means.
+Result<std::string> store_directory(const StoreLocation& location);
+
+class Session {
+  public:
+    static Result<std::unique_ptr<Session>> open(const StoreLocation& location);
+    virtual ~Session() = default;
+
+    virtual control::ControlClient& client() = 0;
+    /// A second client of the same store, for looking on while the first is busy; nullptr if none
+    /// can be made.
+    virtual std::unique_ptr<control::ControlClient> second_client() = 0;
+    virtual bool through_daemon() const = 0;
+    /// What opening the store had to say; a daemon says it in its own log.
+    virtual std::vector<std::string> warnings() const = 0;
+    /// Leaves the store in order. Without it, everything that succeeded is durable all the same.
+    virtual Result<void> close() = 0;
+};
+
+}  // namespace stellarium::cli

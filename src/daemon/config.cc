@@ -1,0 +1,126 @@
+#include "daemon/config.h"
+
+#include <array>
+
+#include <fmt/format.h>
+#include <grp.h>
+
+#include "control/locations.h"
+#include "daemon/http_server.h"
+
+namespace stellarium::daemon {
+
+std::vector<std::string> apply_settings(const control::Json& settings, DaemonConfig& config) {
+    control::ObjectReader reader(settings, "configuration");
+    const auto take_text = [&](std::string_view key, std::string& into) {
+        if (auto value = reader.optional_string(key)) {
+            if (value->empty()) {
+                reader.complain(key, "must not be empty");
+            }
+            into = *std::move(value);
+        }
+    };
+    take_text("store", config.store);
+    take_text("socket", config.socket);
+    take_text("runtime_dir", config.runtime_directory);
+    take_text("socket_group", config.socket_group);
+    take_text("metrics_listen", config.metrics_listen);
+    if (!config.metrics_listen.empty() && reader.has("metrics_listen")) {
+        if (const auto parsed = parse_host_port(config.metrics_listen); !parsed) {
+            reader.complain("metrics_listen", "is wrong: " + parsed.error().message());
+        }
+    }
+    if (const auto memory = reader.optional_size("memory")) {
+        if (*memory < kMinMemoryBytes || *memory > kMaxMemoryBytes) {
+            reader.complain(
+                "memory", fmt::format("is {}, and must be from {} to {}", format_size(*memory),
+                                      format_size(kMinMemoryBytes), format_size(kMaxMemoryBytes)));
+        }
+        config.memory_bytes = *memory;
+    }
+    if (const auto age = reader.optional_number("writeback_age_ms", 10, 3'600'000)) {
+        config.writeback_age_ms = *age;
+    }
+    if (const auto threads = reader.optional_number("threads", 0, 256)) {
+        config.threads = *threads;
+    }
+    if (const auto verify = reader.optional_string("verify")) {
+        if (*verify != "first" && *verify != "always") {
+            reader.complain("verify",
+                            fmt::format("is '{}', and must be 'first' or 'always'", *verify));
+        }
+        config.verify_always = *verify == "always";
+    }
+    if (const auto allow = reader.optional_bool("allow_unsafe_file_system")) {
+        config.allow_unsafe_file_system = *allow;
+    }
+    if (const auto level = reader.optional_string("log_level")) {
+        if (const auto known = log_level_from(*level)) {
+            config.log_level = *known;
+        } else {
+            reader.complain("log_level", fmt::format("is '{}', and must be 'debug', 'info', "
+                                                     "'warning' or 'error'",
+                                                     *level));
+        }
+    }
+    if (const auto format = reader.optional_string("log_format")) {
+        if (const auto known = log_format_from(*format)) {
+            config.log_format = *known;
+        } else {
+            reader.complain("log_format",
+                            fmt::format("is '{}', and must be 'text' or 'json'", *format));
+        }
+    }
+    return reader.complaints();
+}
+
+std::vector<std::string> finish_config(DaemonConfig& config) {
+    std::vector<std::string> complaints;
+    if (config.store.empty()) {
+        if (auto store = control::default_store_directory()) {
+            config.store = *std::move(store);
+        } else {
+            complaints.push_back("'store' is missing: " + store.error().message());
+            return complaints;
+        }
+    }
+    config.store = control::real_path(config.store);
+    if (config.runtime_directory.empty()) {
+        config.runtime_directory = control::default_runtime_directory(config.store);
+    }
+    config.runtime_directory = control::real_path(config.runtime_directory);
+    if (config.socket.empty()) {
+        config.socket = config.runtime_directory + "/control.sock";
+    }
+    config.socket = control::real_path(config.socket);
+    if (config.socket.size() > control::kMaxSocketPathBytes) {
+        complaints.push_back(
+            fmt::format("'socket' is {} bytes long, and a socket's path has at most {}: {}",
+                        config.socket.size(), control::kMaxSocketPathBytes, config.socket));
+    }
+    // Sockets of guests are <runtime>/vhost/<20 digits>.sock.
+    const size_t guest_socket_bytes = config.runtime_directory.size() + 32;
+    if (guest_socket_bytes > control::kMaxSocketPathBytes) {
+        complaints.push_back(
+            fmt::format("'runtime_dir' is {} bytes long, and at most {} leave room for the names "
+                        "of sockets: {}",
+                        config.runtime_directory.size(), control::kMaxSocketPathBytes - 32,
+                        config.runtime_directory));
+    }
+    if (!config.socket_group.empty()) {
+        group entry{};
+        group* found = nullptr;
+        std::array<char, 16384> buffer{};
+        if (getgrnam_r(config.socket_group.c_str(), &entry, buffer.data(), buffer.size(), &found) !=
+                0 ||
+            found == nullptr) {
+            complaints.push_back(fmt::format("'socket_group' is '{}', and there is no such group",
+                                             config.socket_group));
+        } else {
+            config.socket_gid = found->gr_gid;
+        }
+    }
+    return complaints;
+}
+
+}  // namespace stellarium::daemon

@@ -1,0 +1,173 @@
+#include "daemon/daemon.h"
+
+#include <cerrno>
+#include <chrono>
+#include <csignal>
+#include <ctime>
+
+#include <fmt/format.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <systemd/sd-daemon.h>
+#include <unistd.h>
+
+#include "control/locations.h"
+#include "control/service.h"
+#include "daemon/handlers.h"
+#include "daemon/http_server.h"
+#include "daemon/metrics.h"
+#include "daemon/vhost_host.h"
+#include "io/posix.h"
+#include "nova/pool.h"
+
+namespace stellarium::daemon {
+namespace {
+
+sigset_t stop_signals() {
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    return set;
+}
+
+/// Each attached volume takes descriptors, and the usual soft limit is 1024.
+void raise_descriptor_limit() {
+    rlimit limit{};
+    if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < limit.rlim_max) {
+        limit.rlim_cur = limit.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &limit);
+    }
+}
+
+/// Waits for SIGTERM or SIGINT, telling systemd's watchdog now and then that we live.
+void wait_for_stop(Log& log) {
+    const sigset_t set = stop_signals();
+    uint64_t watchdog_us = 0;
+    const bool watched = sd_watchdog_enabled(0, &watchdog_us) > 0;
+    while (true) {
+        siginfo_t info{};
+        int signal_number = 0;
+        if (watched) {
+            const auto half = std::chrono::microseconds(watchdog_us / 2);
+            const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(half);
+            timespec timeout{};
+            timeout.tv_sec = static_cast<time_t>(seconds.count());
+            timeout.tv_nsec = static_cast<long>(std::chrono::nanoseconds(half - seconds).count());
+            signal_number = sigtimedwait(&set, &info, &timeout);
+            sd_notify(0, "WATCHDOG=1");
+        } else {
+            signal_number = sigwaitinfo(&set, &info);
+        }
+        if (signal_number == SIGTERM || signal_number == SIGINT) {
+            log.info("stopping", {{"signal", signal_number == SIGTERM ? "SIGTERM" : "SIGINT"},
+                                  {"sender_pid", std::to_string(info.si_pid)}});
+            return;
+        }
+    }
+}
+
+Result<void> make_runtime_directory(const DaemonConfig& config) {
+    STELLARIUM_TRY(control::make_private_directory(config.runtime_directory));
+    if (config.socket_gid &&
+        (chown(config.runtime_directory.c_str(), static_cast<uid_t>(-1), *config.socket_gid) != 0 ||
+         chmod(config.runtime_directory.c_str(), 0710) != 0)) {
+        return std::unexpected(
+            Error::from_errno(errno, "give " + config.runtime_directory + " to its group"));
+    }
+    return {};
+}
+
+void set_status(const std::string& status) {
+    sd_notify(0, ("STATUS=" + status).c_str());
+}
+
+/// Everything between the store being open and being closed again.
+Result<void> serve(const DaemonConfig& config, const std::string& version, nova::Pool& pool,
+                   io::FileSystem& files, Log& log) {
+    VhostHost host(pool,
+                   {.runtime_directory = config.runtime_directory,
+                    .socket_gid = config.socket_gid,
+                    .data_threads = static_cast<unsigned>(config.threads)},
+                   log);
+    Metrics metrics(pool, host, version);
+    control::ControlService service(
+        pool,
+        {.host = &host, .version = version, .directory = config.store, .socket = config.socket});
+    DaemonHandler handler(service, metrics, log);
+    MetricsHandler public_handler(metrics);
+    HttpServer server({});
+
+    STELLARIUM_TRY(host.start());
+    STELLARIUM_TRY(server.listen_unix(config.socket, {.group = config.socket_gid}, handler));
+    if (!config.metrics_listen.empty()) {
+        STELLARIUM_ASSIGN(const uint16_t port,
+                          server.listen_tcp(config.metrics_listen, public_handler));
+        log.info("metrics", {{"listen", config.metrics_listen}, {"port", std::to_string(port)}});
+    }
+    STELLARIUM_TRY(control::write_daemon_record(
+        files, config.store,
+        {.pid = getpid(), .socket = config.socket, .runtime_directory = config.runtime_directory}));
+    const nova::PoolStats stats = pool.stats();
+    log.info("ready", {{"store", config.store},
+                       {"socket", config.socket},
+                       {"images", std::to_string(stats.images)},
+                       {"volumes", std::to_string(stats.volumes)},
+                       {"attachments", std::to_string(stats.attachments)}});
+    sd_notify(0, "READY=1");
+    set_status("serving " + config.store);
+
+    wait_for_stop(log);
+    sd_notify(0, "STOPPING=1");
+    set_status("answering what was asked");
+    server.stop();
+    set_status("flushing guests' writes");
+    host.stop();
+    return {};
+}
+
+}  // namespace
+
+Result<void> run_daemon(const DaemonConfig& config, const std::string& version, Log& log) {
+    // Every later thread inherits the mask; only wait_for_stop takes these signals.
+    const sigset_t set = stop_signals();
+    pthread_sigmask(SIG_BLOCK, &set, nullptr);
+    signal(SIGPIPE, SIG_IGN);
+    raise_descriptor_limit();
+
+    const io::Env env = io::real_env();
+    STELLARIUM_TRY(make_runtime_directory(config));
+    set_status("opening " + config.store);
+    log.info("starting", {{"version", version},
+                          {"pid", std::to_string(getpid())},
+                          {"store", config.store},
+                          {"runtime_dir", config.runtime_directory}});
+    nova::PoolOptions options;
+    options.store.verify_always = config.verify_always;
+    options.store.allow_unsafe_file_system = config.allow_unsafe_file_system;
+    options.runtime_directory = config.runtime_directory;
+    options.dirty_budget_bytes = config.dirty_budget_bytes();
+    options.node_cache_bytes = config.node_cache_bytes();
+    options.writeback_age = std::chrono::milliseconds(config.writeback_age_ms);
+    STELLARIUM_ASSIGN(const std::unique_ptr<nova::Pool> pool,
+                      nova::Pool::open(env, config.store, options));
+    for (const std::string& warning : pool->warnings()) {
+        log.warning("store", {{"message", warning}});
+    }
+    if (const auto reason = pool->read_only_reason()) {
+        log.error("store is read-only", {{"message", *reason}});
+    }
+    const Result<void> served = serve(config, version, *pool, *env.files, log);
+    set_status("checkpointing");
+    // Also after a failed start: what recovery adopted must not wait for the next one.
+    const Result<void> closed = pool->close();
+    if (!served) {
+        return served;
+    }
+    STELLARIUM_TRY(closed);
+    STELLARIUM_TRY(control::remove_daemon_record(*env.files, config.store));
+    log.info("stopped");
+    return {};
+}
+
+}  // namespace stellarium::daemon

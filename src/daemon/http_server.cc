@@ -1,0 +1,627 @@
+// How a connection lives:
+//
+//   read_header -> wants_upload?  no  -> read_body -> (worker) handle -> write_answer ->
+//   read_header
+//                                                      `-> answer downloads: (stream) send_download
+//                                 yes -> (stream) handle, pulling the body as it goes -> answer
+//
+// Everything on a socket happens on the one I/O thread; a stream's thread asks for one operation
+// at a time and waits for it (`wait`). So no socket is ever touched by two threads.
+#include "daemon/http_server.h"
+
+#include <charconv>
+#include <condition_variable>
+#include <future>
+#include <mutex>
+#include <set>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include <boost/asio/executor_work_guard.hpp>
+#include <boost/asio/generic/stream_protocol.hpp>
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/ip/tcp.hpp>
+#include <boost/asio/local/stream_protocol.hpp>
+#include <boost/asio/post.hpp>
+#include <boost/asio/steady_timer.hpp>
+#include <boost/asio/thread_pool.hpp>
+#include <boost/asio/write.hpp>
+#include <boost/beast/core/basic_stream.hpp>
+#include <boost/beast/core/flat_buffer.hpp>
+#include <boost/beast/http.hpp>
+#include <fmt/format.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "control/service.h"
+
+namespace stellarium::daemon {
+namespace {
+
+namespace asio = boost::asio;
+namespace beast = boost::beast;
+namespace http = boost::beast::http;
+using control::Request;
+using control::RequestHandler;
+using control::Response;
+using ErrorCodeOfBoost = boost::system::error_code;
+using Protocol = asio::generic::stream_protocol;
+using Stream = beast::basic_stream<Protocol, asio::io_context::executor_type>;
+
+constexpr uint32_t kMaxHeaderBytes = 16 * 1024;
+constexpr size_t kBufferBytes = size_t{1} << 20;
+constexpr std::chrono::milliseconds kAcceptRetry{100};
+
+}  // namespace
+
+struct HttpServer::Impl : std::enable_shared_from_this<Impl> {
+    explicit Impl(HttpServerOptions given)
+        : options(given), workers(given.workers), streams(given.max_streams) {}
+
+    HttpServerOptions options;
+    asio::io_context io{1};
+    asio::executor_work_guard<asio::io_context::executor_type> work{io.get_executor()};
+    asio::thread_pool workers;
+    asio::thread_pool streams;
+    std::thread io_thread;
+
+    // Below: the I/O thread only.
+    struct Listener;
+    class Session;
+    std::vector<std::shared_ptr<Listener>> listeners;
+    std::set<Session*> sessions;
+    unsigned running_streams = 0;
+    bool stopping = false;
+
+    std::mutex idle_mutex;
+    std::condition_variable idle;
+    bool all_closed = false;  ///< Stopping, and no session is left. Guarded by idle_mutex.
+
+    /// Runs `function` on the I/O thread and waits for it.
+    template <typename Function>
+    void on_io_thread(Function function) {
+        // Shared: the waiting thread may go on before set_value has returned.
+        const auto done = std::make_shared<std::promise<void>>();
+        asio::post(io, [&function, done] {
+            function();
+            done->set_value();
+        });
+        done->get_future().wait();
+    }
+
+    void session_closed(Session* session);
+    void check_all_closed();
+};
+
+struct HttpServer::Impl::Listener : std::enable_shared_from_this<Listener> {
+    Listener(std::shared_ptr<Impl> server_in, RequestHandler& handler_in)
+        : server(std::move(server_in)),
+          handler(handler_in),
+          acceptor(server->io),
+          retry(server->io) {}
+
+    std::shared_ptr<Impl> server;
+    RequestHandler& handler;
+    asio::basic_socket_acceptor<Protocol, asio::io_context::executor_type> acceptor;
+    asio::steady_timer retry;
+    std::string socket_path;
+    bool accepting = false;
+
+    void accept();
+    void close() {
+        ErrorCodeOfBoost ignored;
+        acceptor.close(ignored);
+        retry.cancel(ignored);
+        if (!socket_path.empty()) {
+            unlink(socket_path.c_str());
+        }
+    }
+};
+
+class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
+  public:
+    Session(std::shared_ptr<Impl> server, RequestHandler& handler, Stream::socket_type socket)
+        : server_(std::move(server)), handler_(handler), stream_(std::move(socket)) {}
+
+    ~Session() = default;
+    Session(const Session&) = delete;
+    Session& operator=(const Session&) = delete;
+
+    void read_header() {
+        activity_ = Activity::kIdle;
+        if (server_->stopping) {
+            return close();
+        }
+        head_.emplace();
+        head_->header_limit(kMaxHeaderBytes);
+        head_->body_limit(boost::none);
+        stream_.expires_after(server_->options.header_timeout);
+        http::async_read_header(
+            stream_, buffer_, *head_,
+            [self = shared_from_this()](ErrorCodeOfBoost code, size_t) { self->on_header(code); });
+    }
+
+    /// The server stops: an idle connection and a stream end now, a running request may answer.
+    void stop() {
+        if (activity_ != Activity::kBusy) {
+            close_socket();
+        }
+    }
+
+  private:
+    class UploadBody;
+    enum class Activity : uint8_t { kIdle, kBusy, kStream };
+
+    void close_socket() {
+        ErrorCodeOfBoost ignored;
+        stream_.socket().close(ignored);
+    }
+
+    /// Called where nothing is outstanding any more.
+    void close() {
+        if (!closed_) {
+            closed_ = true;
+            close_socket();
+            server_->session_closed(this);
+        }
+    }
+
+    void on_header(ErrorCodeOfBoost code) {
+        if (code) {
+            return on_read_error(code);
+        }
+        const auto& header = head_->get();
+        request_.method.assign(header.method_string().data(), header.method_string().size());
+        request_.target.assign(header.target().data(), header.target().size());
+        request_.body.clear();
+        keep_alive_ = header.keep_alive();
+        expects_continue_ = beast::iequals(header[http::field::expect], "100-continue");
+        if (handler_.wants_upload(request_.method, request_.target)) {
+            return start_stream([self = shared_from_this()] { self->run_upload(); });
+        }
+        body_.emplace(std::move(*head_));
+        body_->body_limit(control::kMaxJsonBytes);
+        if (expects_continue_ && !body_->is_done()) {
+            return send_continue([self = shared_from_this()](ErrorCodeOfBoost failed) {
+                failed ? self->close() : self->read_body();
+            });
+        }
+        read_body();
+    }
+
+    void on_read_error(ErrorCodeOfBoost code) {
+        if (code.category() != http::make_error_code(http::error::end_of_stream).category() ||
+            code == http::error::end_of_stream || code == http::error::partial_message) {
+            return close();  // Gone, silent for too long, or stopped.
+        }
+        keep_alive_ = false;
+        const bool too_long = code == http::error::body_limit || code == http::error::header_limit;
+        answer(control::error_response(
+            Error(too_long ? ErrorCode::kLimitExceeded : ErrorCode::kInvalidArgument,
+                  fmt::format("the HTTP request is malformed or too long: {}", code.message()))));
+    }
+
+    template <typename Done>
+    void send_continue(Done done) {
+        expects_continue_ = false;
+        const auto message =
+            std::make_shared<http::response<http::empty_body>>(http::status::continue_, 11);
+        stream_.expires_after(server_->options.header_timeout);
+        http::async_write(stream_, *message,
+                          [self = shared_from_this(), message, done](
+                              ErrorCodeOfBoost code, size_t) mutable { done(code); });
+    }
+
+    void read_body() {
+        stream_.expires_after(server_->options.header_timeout);
+        http::async_read(
+            stream_, buffer_, *body_,
+            [self = shared_from_this()](ErrorCodeOfBoost code, size_t) { self->on_body(code); });
+    }
+
+    void on_body(ErrorCodeOfBoost code) {
+        if (code) {
+            return on_read_error(code);
+        }
+        request_.body = std::move(body_->get().body());
+        body_.reset();
+        activity_ = Activity::kBusy;
+        asio::post(server_->workers, [self = shared_from_this()] {
+            auto response = std::make_shared<Response>(self->handler_.handle(self->request_));
+            asio::post(self->server_->io, [self, response] {
+                if (!response->download) {
+                    return self->answer(std::move(*response));
+                }
+                self->start_stream([self, response] { self->run_download(*response->download); });
+            });
+        });
+    }
+
+    /// Answers without content. I/O thread.
+    void answer(Response response) {
+        activity_ = Activity::kBusy;
+        const auto message = std::make_shared<http::response<http::string_body>>(
+            static_cast<http::status>(response.status), 11);
+        if (response.status != 204) {
+            message->set(http::field::content_type, response.content_type);
+            message->body() = std::move(response.body);
+        }
+        message->keep_alive(keep_alive_ && !server_->stopping);
+        message->prepare_payload();
+        stream_.expires_after(server_->options.header_timeout);
+        http::async_write(stream_, *message,
+                          [self = shared_from_this(), message](ErrorCodeOfBoost code, size_t) {
+                              code || !message->keep_alive() ? self->close() : self->read_header();
+                          });
+    }
+
+    // --- Streams --------------------------------------------------------------------------------
+
+    template <typename Run>
+    void start_stream(Run run) {
+        keep_alive_ = false;
+        if (server_->running_streams >= server_->options.max_streams) {
+            return answer(control::error_response(
+                Error(ErrorCode::kBusy,
+                      fmt::format("{} imports and exports are running already; more at once are "
+                                  "not taken",
+                                  server_->running_streams))));
+        }
+        ++server_->running_streams;
+        activity_ = Activity::kStream;
+        asio::post(server_->streams, std::move(run));
+    }
+
+    /// The end of a stream: on its thread, with the answer still to be sent if there is one.
+    void finish_stream(std::optional<Response> response) {
+        asio::post(server_->io,
+                   [self = shared_from_this(),
+                    shared = std::make_shared<std::optional<Response>>(std::move(response))] {
+                       --self->server_->running_streams;
+                       if (!*shared) {
+                           return self->close();
+                       }
+                       self->answer(std::move(**shared));
+                   });
+    }
+
+    /// Starts one socket operation on the I/O thread and waits for it on a stream's thread.
+    /// `start` is given the completion handler.
+    template <typename Start>
+    ErrorCodeOfBoost wait(Start start) {
+        // Shared: the waiting thread may go on before set_value has returned.
+        const auto promise = std::make_shared<std::promise<ErrorCodeOfBoost>>();
+        asio::post(server_->io, [this, &start, promise] {
+            if (server_->stopping) {
+                promise->set_value(asio::error::operation_aborted);
+                return;
+            }
+            stream_.expires_never();
+            start([promise](ErrorCodeOfBoost code, size_t = 0) { promise->set_value(code); });
+        });
+        return promise->get_future().get();
+    }
+
+    Error stream_error(ErrorCodeOfBoost code, std::string_view what) const {
+        if (code == asio::error::operation_aborted || code == asio::error::bad_descriptor) {
+            return {ErrorCode::kCancelled, fmt::format("{}: the daemon is shutting down", what)};
+        }
+        return {ErrorCode::kCancelled, fmt::format("{}: {}", what, code.message())};
+    }
+
+    void run_upload();
+
+    void run_download(control::SparseSource& source) {
+        http::response<http::empty_body> message(http::status::ok, 11);
+        message.set(http::field::content_type, control::kSparseContentType);
+        message.chunked(true);
+        message.keep_alive(false);
+        http::response_serializer<http::empty_body> serializer(message);
+        ErrorCodeOfBoost code = wait(
+            [&](auto done) { http::async_write_header(stream_, serializer, std::move(done)); });
+        control::SparseEncoder encoder(source);
+        for (auto pieces = encoder.next(); !pieces.empty() && !code; pieces = encoder.next()) {
+            std::vector<asio::const_buffer> buffers;
+            for (const Bytes piece : pieces) {
+                buffers.emplace_back(piece.data(), piece.size());
+            }
+            code = wait([&](auto done) {
+                asio::async_write(stream_, http::make_chunk(buffers), std::move(done));
+            });
+        }
+        if (!code) {
+            code = wait([&](auto done) {
+                asio::async_write(stream_, http::make_chunk_last(), std::move(done));
+            });
+        }
+        finish_stream(std::nullopt);
+    }
+
+    std::shared_ptr<Impl> server_;
+    RequestHandler& handler_;
+    Stream stream_;
+    beast::flat_buffer buffer_{kBufferBytes};
+    std::optional<http::request_parser<http::empty_body>> head_;
+    std::optional<http::request_parser<http::string_body>> body_;
+    Request request_;
+    Activity activity_ = Activity::kIdle;
+    bool keep_alive_ = false;
+    bool expects_continue_ = false;
+    bool closed_ = false;
+};
+
+/// The body of an upload as the handler pulls it. The client is told to go on at the first pull.
+class HttpServer::Impl::Session::UploadBody final : public control::ByteSource {
+  public:
+    explicit UploadBody(Session& session) : session_(session), parser_(std::move(*session.head_)) {
+        parser_.body_limit(boost::none);
+    }
+
+    Result<size_t> read_some(MutableBytes into) override {
+        if (session_.expects_continue_) {
+            const ErrorCodeOfBoost code = session_.wait([&](auto done) {
+                session_.send_continue([done](ErrorCodeOfBoost failed) mutable { done(failed); });
+            });
+            if (code) {
+                return std::unexpected(session_.stream_error(code, "upload"));
+            }
+        }
+        while (!parser_.is_done()) {
+            auto& body = parser_.get().body();
+            body.data = into.data();
+            body.size = into.size();
+            ErrorCodeOfBoost code = session_.wait([&](auto done) {
+                http::async_read_some(session_.stream_, session_.buffer_, parser_, std::move(done));
+            });
+            if (code == http::error::need_buffer) {
+                code = {};
+            }
+            if (code) {
+                return std::unexpected(session_.stream_error(code, "upload"));
+            }
+            const size_t got = into.size() - body.size;
+            if (got > 0) {
+                return got;
+            }
+        }
+        return size_t{0};
+    }
+
+  private:
+    Session& session_;
+    http::request_parser<http::buffer_body> parser_;
+};
+
+void HttpServer::Impl::Session::run_upload() {
+    Response response;
+    {
+        control::SparseDecoder decoder(std::make_unique<UploadBody>(*this));
+        request_.upload = &decoder;
+        response = handler_.handle(request_);
+        request_.upload = nullptr;
+    }
+    finish_stream(std::move(response));
+}
+
+void HttpServer::Impl::session_closed(Session* session) {
+    sessions.erase(session);
+    for (const auto& listener : listeners) {
+        if (!listener->accepting) {
+            listener->accept();
+        }
+    }
+    check_all_closed();
+}
+
+void HttpServer::Impl::check_all_closed() {
+    if (stopping && sessions.empty()) {
+        const std::scoped_lock lock(idle_mutex);
+        all_closed = true;
+        idle.notify_all();
+    }
+}
+
+void HttpServer::Impl::Listener::accept() {
+    accepting = false;
+    if (server->stopping || server->sessions.size() >= server->options.max_connections) {
+        return;  // The end of a session calls again.
+    }
+    accepting = true;
+    acceptor.async_accept(
+        [self = shared_from_this()](ErrorCodeOfBoost code, Stream::socket_type socket) {
+            if (self->server->stopping) {
+                return;
+            }
+            if (!code) {
+                const auto session =
+                    std::make_shared<Session>(self->server, self->handler, std::move(socket));
+                self->server->sessions.insert(session.get());
+                session->read_header();
+                return self->accept();
+            }
+            // Out of descriptors, most likely: try again soon rather than spin.
+            self->retry.expires_after(kAcceptRetry);
+            self->retry.async_wait([self](ErrorCodeOfBoost cancelled) {
+                if (!cancelled) {
+                    self->accept();
+                }
+            });
+        });
+}
+
+HttpServer::HttpServer(HttpServerOptions options) : impl_(std::make_shared<Impl>(options)) {
+    impl_->io_thread = std::thread([impl = impl_.get()] { impl->io.run(); });
+}
+
+HttpServer::~HttpServer() {
+    stop();
+}
+
+namespace {
+
+/// Makes room for a socket at `path`.
+Result<void> clear_stale_socket(const std::string& path) {
+    struct stat status{};
+    if (lstat(path.c_str(), &status) != 0) {
+        if (errno == ENOENT) {
+            return {};
+        }
+        return std::unexpected(Error::from_errno(errno, "control socket " + path));
+    }
+    if (!S_ISSOCK(status.st_mode)) {
+        return fail(ErrorCode::kAlreadyExists,
+                    fmt::format("control socket {}: a file that is no socket is there", path));
+    }
+    asio::io_context context;
+    asio::local::stream_protocol::socket probe(context);
+    ErrorCodeOfBoost code;
+    probe.connect(asio::local::stream_protocol::endpoint(path), code);
+    if (!code) {
+        return fail(ErrorCode::kBusy,
+                    fmt::format("control socket {}: another process answers there", path));
+    }
+    if (unlink(path.c_str()) != 0) {
+        return std::unexpected(Error::from_errno(errno, "remove stale control socket " + path));
+    }
+    return {};
+}
+
+}  // namespace
+
+Result<void> HttpServer::listen_unix(const std::string& path, const UnixListenOptions& options,
+                                     RequestHandler& handler) {
+    const std::string what = "control socket " + path;
+    if (path.size() > 107) {
+        return fail(ErrorCode::kInvalidArgument,
+                    fmt::format("{}: a socket's path has at most 107 bytes, this has {}", what,
+                                path.size()));
+    }
+    STELLARIUM_TRY(clear_stale_socket(path));
+    const auto listener = std::make_shared<Impl::Listener>(impl_, handler);
+    ErrorCodeOfBoost code;
+    const asio::local::stream_protocol::endpoint endpoint(path);
+    listener->acceptor.open(Protocol(AF_UNIX, 0), code);
+    if (!code) {
+        listener->acceptor.bind(Protocol::endpoint(endpoint), code);
+    }
+    if (code) {
+        return std::unexpected(Error::from_errno(code.value(), what));
+    }
+    // Nobody can connect before listen(), so the mode is right from the first moment.
+    listener->socket_path = path;
+    if (options.group && chown(path.c_str(), static_cast<uid_t>(-1), *options.group) != 0) {
+        const int failed = errno;
+        listener->close();
+        return std::unexpected(Error::from_errno(failed, "give " + what + " to its group"));
+    }
+    if (chmod(path.c_str(), options.group ? 0660 : 0600) != 0) {
+        const int failed = errno;
+        listener->close();
+        return std::unexpected(Error::from_errno(failed, "set the mode of " + what));
+    }
+    listener->acceptor.listen(asio::socket_base::max_listen_connections, code);
+    if (code) {
+        listener->close();
+        return std::unexpected(Error::from_errno(code.value(), what));
+    }
+    impl_->on_io_thread([&] {
+        impl_->listeners.push_back(listener);
+        listener->accept();
+    });
+    return {};
+}
+
+Result<std::pair<std::string, uint16_t>> parse_host_port(const std::string& address) {
+    const size_t colon = address.rfind(':');
+    uint16_t port = 0;
+    const char* const end = address.data() + address.size();
+    if (colon != std::string::npos && colon > 0 && colon + 1 < address.size()) {
+        const auto [stop, code] = std::from_chars(address.data() + colon + 1, end, port);
+        std::string host = address.substr(0, colon);
+        if (host.starts_with('[') && host.ends_with(']')) {
+            host = host.substr(1, host.size() - 2);
+        } else if (host.find(':') != std::string::npos) {
+            host.clear();
+        }
+        if (code == std::errc() && stop == end && !host.empty()) {
+            return std::pair{host, port};
+        }
+    }
+    return fail(ErrorCode::kInvalidArgument,
+                fmt::format("'{}' is not an address to listen on (write HOST:PORT, for example "
+                            "127.0.0.1:9464 or [::1]:9464)",
+                            address));
+}
+
+Result<uint16_t> HttpServer::listen_tcp(const std::string& address, RequestHandler& handler) {
+    STELLARIUM_ASSIGN(const auto host_port, parse_host_port(address));
+    ErrorCodeOfBoost code;
+    const std::string host = host_port.first == "localhost" ? "127.0.0.1" : host_port.first;
+    const asio::ip::address ip = asio::ip::make_address(host, code);
+    if (code) {
+        return fail(ErrorCode::kInvalidArgument,
+                    fmt::format("'{}' is not an IP address to listen on", host_port.first));
+    }
+    const asio::ip::tcp::endpoint endpoint(ip, host_port.second);
+    const auto listener = std::make_shared<Impl::Listener>(impl_, handler);
+    listener->acceptor.open(Protocol(endpoint.protocol().family(), IPPROTO_TCP), code);
+    if (!code) {
+        listener->acceptor.set_option(asio::socket_base::reuse_address(true), code);
+    }
+    if (!code) {
+        listener->acceptor.bind(Protocol::endpoint(endpoint), code);
+    }
+    if (!code) {
+        listener->acceptor.listen(asio::socket_base::max_listen_connections, code);
+    }
+    if (code) {
+        return std::unexpected(Error::from_errno(code.value(), "listen on " + address));
+    }
+    const auto bound = listener->acceptor.local_endpoint(code);
+    sockaddr_storage storage{};
+    std::memcpy(&storage, bound.data(), std::min(bound.size(), sizeof storage));
+    in_port_t port_be = 0;
+    if (storage.ss_family == AF_INET6) {
+        sockaddr_in6 v6{};
+        std::memcpy(&v6, &storage, sizeof v6);
+        port_be = v6.sin6_port;
+    } else {
+        sockaddr_in v4{};
+        std::memcpy(&v4, &storage, sizeof v4);
+        port_be = v4.sin_port;
+    }
+    impl_->on_io_thread([&] {
+        impl_->listeners.push_back(listener);
+        listener->accept();
+    });
+    return ntohs(port_be);
+}
+
+void HttpServer::stop() {
+    if (!impl_->io_thread.joinable()) {
+        return;
+    }
+    impl_->on_io_thread([&] {
+        impl_->stopping = true;
+        for (const auto& listener : impl_->listeners) {
+            listener->close();
+        }
+        const std::set<Impl::Session*> sessions = impl_->sessions;
+        for (Impl::Session* session : sessions) {
+            session->stop();
+        }
+        impl_->check_all_closed();
+    });
+    {
+        std::unique_lock lock(impl_->idle_mutex);
+        impl_->idle.wait(lock, [&] { return impl_->all_closed; });
+    }
+    impl_->workers.join();
+    impl_->streams.join();
+    impl_->on_io_thread([&] { impl_->listeners.clear(); });
+    impl_->work.reset();
+    impl_->io_thread.join();
+}
+
+}  // namespace stellarium::daemon

@@ -1,0 +1,157 @@
+// stellariumd: reads what it is told, checks all of it, and runs the daemon.
+#include <cstdio>
+#include <fstream>
+#include <sstream>
+
+#include <CLI/App.hpp>
+#include <CLI/Config.hpp>
+#include <CLI/Formatter.hpp>
+#include <fmt/format.h>
+
+#include "control/json.h"
+#include "daemon/config.h"
+#include "daemon/daemon.h"
+#include "daemon/log.h"
+
+namespace stellarium::daemon {
+namespace {
+
+using control::Json;
+
+constexpr int kUsageExit = 2;
+
+constexpr const char* kFooter =
+    R"(Every option can stand in the config file, a JSON object whose keys are the options' names with
+'_' for '-'; the command line wins. All of it is checked before anything starts.
+
+Examples:
+  stellariumd --store /var/lib/stellarium
+  stellariumd --config /etc/stellarium.json --log-format json
+  stellariumd --store ./pool --memory 1GiB --metrics-listen 127.0.0.1:9464
+
+Exit codes: 0 stopped on request, 2 wrong options or config, others as stellarctl(1).)";
+
+void complain(std::string_view where, const std::vector<std::string>& complaints) {
+    for (const std::string& complaint : complaints) {
+        fmt::print(stderr, "stellariumd: {}{}\n", where, complaint);
+    }
+}
+
+Result<Json> read_config_file(const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    if (!file) {
+        return std::unexpected(Error::from_errno(errno, "config file " + path));
+    }
+    std::ostringstream text;
+    text << file.rdbuf();
+    if (!file) {
+        return fail(ErrorCode::kIo, "config file " + path + " cannot be read");
+    }
+    return control::parse_json(text.str(), "config file " + path);
+}
+
+int run(int argc, char** argv) {
+    CLI::App app("stellariumd: owns a Stellarium store and serves its volumes to virtual machines.",
+                 "stellariumd");
+    app.footer(kFooter);
+    app.set_version_flag("--version", "stellariumd " STELLARIUM_VERSION);
+
+    Json given = Json::object();
+    const auto text_option = [&](const std::string& name, const std::string& key,
+                                 const std::string& help, const std::string& type) {
+        app.add_option_function<std::string>(
+               name, [&given, key](const std::string& value) { given[key] = value; }, help)
+            ->type_name(type);
+    };
+    const auto number_option = [&](const std::string& name, const std::string& key,
+                                   const std::string& help) {
+        app.add_option_function<uint64_t>(
+               name, [&given, key](const uint64_t& value) { given[key] = value; }, help)
+            ->type_name("N");
+    };
+    std::string config_path;
+    bool check_only = false;
+    app.add_option("--config", config_path, "JSON file with further options")->type_name("FILE");
+    app.add_flag("--check-config", check_only, "check all options, start nothing");
+    text_option("--store", "store",
+                "the store to serve (default: $STELLARIUM_STORE, then "
+                "/var/lib/stellarium for root, ~/.local/share/stellarium)",
+                "DIR");
+    text_option("--socket", "socket",
+                "control socket (default: control.sock in the runtime directory)", "PATH");
+    text_option("--socket-group", "socket_group",
+                "members of this group may use the control socket and guests' sockets", "GROUP");
+    text_option("--runtime-dir", "runtime_dir",
+                "for sockets and unflushed writes, on a tmpfs (default: derived from the store)",
+                "DIR");
+    text_option("--metrics-listen", "metrics_listen", "serve GET /metrics on TCP too", "HOST:PORT");
+    text_option("--memory", "memory",
+                "for unflushed writes and cached maps, besides the page cache (default: 320MiB)",
+                "SIZE");
+    number_option("--writeback-age-ms", "writeback_age_ms",
+                  "unflushed writes older than this are written to the log (default: 5000)");
+    number_option("--threads", "threads",
+                  "threads that serve guests (default: one for each processor)");
+    text_option("--verify", "verify",
+                "check chunks against their ids at the 'first' read (default) or 'always'", "WHEN");
+    app.add_flag_function(
+        "--allow-unsafe-file-system",
+        [&given](int64_t) { given["allow_unsafe_file_system"] = true; },
+        "open a store on a network file system all the same");
+    text_option("--log-level", "log_level", "debug, info (default), warning or error", "LEVEL");
+    text_option("--log-format", "log_format", "text (default: logfmt) or json", "FORMAT");
+
+    try {
+        app.parse(argc, argv);
+    } catch (const CLI::Success& success) {
+        return app.exit(success);
+    } catch (const CLI::ParseError& error) {
+        fmt::print(stderr, "stellariumd: {}\nTry 'stellariumd --help'.\n", error.what());
+        return kUsageExit;
+    }
+
+    DaemonConfig config;
+    bool wrong = false;
+    if (!config_path.empty()) {
+        const Result<Json> settings = read_config_file(config_path);
+        if (!settings) {
+            complain("", {settings.error().message()});
+            return kUsageExit;
+        }
+        const std::vector<std::string> complaints = apply_settings(*settings, config);
+        complain("config file " + config_path + ": ", complaints);
+        wrong = !complaints.empty();
+    }
+    std::vector<std::string> complaints = apply_settings(given, config);
+    complain("command line: ", complaints);
+    wrong = wrong || !complaints.empty();
+    complaints = finish_config(config);
+    complain("", complaints);
+    if (wrong || !complaints.empty()) {
+        return kUsageExit;
+    }
+    if (check_only) {
+        return 0;
+    }
+    Log log(config.log_level, config.log_format);
+    if (const Result<void> result = run_daemon(config, STELLARIUM_VERSION, log); !result) {
+        const ErrorMapping& mapping = error_mapping(result.error().code());
+        log.error("failed", {{"code", std::string(mapping.name)},
+                             {"message", result.error().message()},
+                             {"advice", std::string(mapping.advice)}});
+        return mapping.exit_code;
+    }
+    return 0;
+}
+
+}  // namespace
+}  // namespace stellarium::daemon
+
+int main(int argc, char** argv) {
+    try {
+        return stellarium::daemon::run(argc, argv);
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "stellariumd: unexpected: %s\n", error.what());
+        return 1;
+    }
+}
