@@ -126,6 +126,12 @@ class VhostTest : public ::testing::Test {
     static constexpr uint64_t kDiskBytes = 32 * kMiB;
 
     void SetUp() override {
+        start_server();
+        disk_ = value_of(MemoryDisk::create(kDiskBytes), "disk");
+    }
+    void TearDown() override { server_.reset(); }
+
+    void start_server() {
         ServerOptions options;
         options.data_threads = 2;
         options.logger = [this](LogLevel level, std::string_view device, std::string_view message) {
@@ -134,9 +140,7 @@ class VhostTest : public ::testing::Test {
             warnings_ += level == LogLevel::kInfo ? 0 : 1;
         };
         server_ = value_of(VhostServer::create(std::move(options)), "server");
-        disk_ = value_of(MemoryDisk::create(kDiskBytes), "disk");
     }
-    void TearDown() override { server_.reset(); }
 
     void attach(const std::string& name, const std::shared_ptr<MemoryDisk>& disk,
                 AttachOptions options = {}) {
