@@ -6,6 +6,7 @@
 // is the result, not the broken pipe.
 #include <array>
 #include <cerrno>
+#include <limits>
 
 #include <boost/asio/buffer.hpp>
 #include <boost/asio/io_context.hpp>
@@ -24,6 +25,9 @@ namespace asio = boost::asio;
 namespace beast = boost::beast;
 namespace http = boost::beast::http;
 using UnixSocket = asio::local::stream_protocol::socket;
+
+/// Not boost::none: Beast 1.74 takes every length to be above a limit that is not there.
+constexpr uint64_t kNoBodyLimit = std::numeric_limits<uint64_t>::max();
 
 /// A list of 100,000 volumes is some 30 MB.
 constexpr uint64_t kMaxAnswerBytes = uint64_t{1} << 30;
@@ -136,7 +140,7 @@ class UnixClient final : public ControlClient {
 
     static Result<Response> read_answer(std::unique_ptr<Connection> connection) {
         auto head = std::make_unique<http::response_parser<http::buffer_body>>();
-        head->body_limit(boost::none);
+        head->body_limit(kNoBodyLimit);
         boost::system::error_code code;
         http::read_header(connection->socket, connection->buffer, *head, code);
         if (code) {

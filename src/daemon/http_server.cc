@@ -12,6 +12,7 @@
 #include <charconv>
 #include <condition_variable>
 #include <future>
+#include <limits>
 #include <mutex>
 #include <set>
 #include <thread>
@@ -50,6 +51,8 @@ using Protocol = asio::generic::stream_protocol;
 using Stream = beast::basic_stream<Protocol, asio::io_context::executor_type>;
 
 constexpr uint32_t kMaxHeaderBytes = 16 * 1024;
+/// Not boost::none: Beast 1.74 takes every length to be above a limit that is not there.
+constexpr uint64_t kNoBodyLimit = std::numeric_limits<uint64_t>::max();
 constexpr size_t kBufferBytes = size_t{1} << 20;
 constexpr std::chrono::milliseconds kAcceptRetry{100};
 
@@ -135,7 +138,7 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
         }
         head_.emplace();
         head_->header_limit(kMaxHeaderBytes);
-        head_->body_limit(boost::none);
+        head_->body_limit(kNoBodyLimit);
         stream_.expires_after(server_->options.header_timeout);
         http::async_read_header(
             stream_, buffer_, *head_,
@@ -355,7 +358,7 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
 class HttpServer::Impl::Session::UploadBody final : public control::ByteSource {
   public:
     explicit UploadBody(Session& session) : session_(session), parser_(std::move(*session.head_)) {
-        parser_.body_limit(boost::none);
+        parser_.body_limit(kNoBodyLimit);
     }
 
     Result<size_t> read_some(MutableBytes into) override {
