@@ -98,7 +98,7 @@ void set_bytes(benchmark::State& state, size_t bytes_each) {
 
 void copy_memcpy(benchmark::State& state) {
     std::vector<std::byte> copy(kDataBytes);
-    for (auto _ : state) {
+    while (state.KeepRunning()) {
         std::memcpy(copy.data(), data().data(), kDataBytes);
         benchmark::DoNotOptimize(copy.data());
         benchmark::ClobberMemory();
@@ -111,7 +111,7 @@ BENCHMARK(copy_memcpy)->Name("memcpy");
 
 void cut_block(benchmark::State& state) {
     std::vector<Cut> cuts;
-    for (auto _ : state) {
+    while (state.KeepRunning()) {
         cuts.clear();
         cut_block_data(data(), 0, cuts);
         benchmark::DoNotOptimize(cuts.data());
@@ -121,7 +121,7 @@ void cut_block(benchmark::State& state) {
 BENCHMARK(cut_block)->Name("Cut/block");
 
 void cut_stream(benchmark::State& state) {
-    for (auto _ : state) {
+    while (state.KeepRunning()) {
         for (Bytes rest = data(); !rest.empty();) {
             rest = rest.subspan(FastCdc::next_cut(rest, true));
         }
@@ -134,7 +134,7 @@ BENCHMARK(cut_stream)->Name("Cut/stream");
 
 void hash_single(benchmark::State& state) {
     const size_t length = static_cast<size_t>(state.range(0)) * kPageBytes;
-    for (auto _ : state) {
+    while (state.KeepRunning()) {
         for (size_t at = 0; at + length <= kDataBytes / 8; at += length) {
             benchmark::DoNotOptimize(hash(Bytes(data()).subspan(at, length)));
         }
@@ -150,7 +150,7 @@ void hash_lanes(benchmark::State& state) {
         inputs.push_back(Bytes(data()).subspan(at, length));
     }
     std::vector<Hash256> out(inputs.size());
-    for (auto _ : state) {
+    while (state.KeepRunning()) {
         hash_many(inputs, out);
         benchmark::DoNotOptimize(out.data());
     }
@@ -165,7 +165,7 @@ void index_probe_batched(benchmark::State& state) {
     const auto batch = static_cast<size_t>(state.range(0));
     std::vector<ChunkIndex::Match> matches;
     size_t at = 0;
-    for (auto _ : state) {
+    while (state.KeepRunning()) {
         matches.clear();
         at = at + batch > probe_ids().size() ? 0 : at;
         if (!index.find_many(std::span(probe_ids()).subspan(at, batch), matches)) {
@@ -181,7 +181,7 @@ void index_probe_single(benchmark::State& state) {
     const ChunkIndex& index = filled_index();
     std::vector<PageAddress> addresses;
     size_t at = 0;
-    for (auto _ : state) {
+    while (state.KeepRunning()) {
         addresses.clear();
         if (!index.candidates(probe_ids()[at], addresses)) {
             state.SkipWithError("candidates failed");
@@ -199,7 +199,7 @@ void index_insert(benchmark::State& state) {
     const auto count = static_cast<uint64_t>(state.range(0));
     Clock::duration worst{};
     double bytes_a_chunk = 0;
-    for (auto _ : state) {
+    while (state.KeepRunning()) {
         ChunkIndex index;
         for (uint64_t i = 0; i < count; ++i) {
             const Clock::time_point start = Clock::now();
