@@ -366,13 +366,17 @@ Result<BatchView> decode_batch(Bytes header_pages, const StoreId& store_id, uint
     uint32_t count = 0;
     for (size_t at = 0; at < view.records.size(); ++count) {
         const size_t left = view.records.size() - at;
-        const size_t length = left < sizeof(RecordHeader)
-                                  ? 0
-                                  : load<RecordHeader>(view.records.subspan(at)).length.get();
-        if (left < sizeof(RecordHeader) || length > left - sizeof(RecordHeader)) {
-            return corrupt(fmt::format("{}: record {} at offset {} has {} bytes, but {} are left",
-                                       kWhat, count, records_at + at, sizeof(RecordHeader) + length,
-                                       left));
+        RecordHeader record{};
+        if (left >= sizeof(RecordHeader)) {
+            record = load<RecordHeader>(view.records.subspan(at));
+        }
+        const size_t length = record.length;
+        if (left < sizeof(RecordHeader) || length > left - sizeof(RecordHeader) ||
+            record.reserved != 0) {
+            return corrupt(
+                fmt::format("{}: record {} at offset {} claims {} bytes, and {} are "
+                            "left; or its reserved bytes are not zero",
+                            kWhat, count, records_at + at, length, left));
         }
         at += sizeof(RecordHeader) + length;
     }

@@ -44,10 +44,10 @@ inline constexpr uint16_t kFormatWriteVersion = 1;
 inline constexpr uint64_t kKnownFeaturesRefuse = 0;
 inline constexpr uint64_t kKnownFeaturesReadOnly = 0;
 
-inline constexpr uint64_t kSuperblockMagic = 0x01425355'52415453;     // "STARUSB\x01"
-inline constexpr uint64_t kSegmentHeaderMagic = 0x01474553'52415453;  // "STARSEG\x01"
-inline constexpr uint64_t kBatchMagic = 0x01484342'52415453;          // "STARBCH\x01"
-inline constexpr uint64_t kFooterMagic = 0x01544F46'52415453;         // "STARFOT\x01"
+inline constexpr uint64_t kSuperblockMagic = 0x00505553'524C5453;     // "STLRSUP\0"
+inline constexpr uint64_t kSegmentHeaderMagic = 0x00474553'524C5453;  // "STLRSEG\0"
+inline constexpr uint64_t kBatchMagic = 0x00484342'524C5453;          // "STLRBCH\0"
+inline constexpr uint64_t kFooterMagic = 0x00544F46'524C5453;         // "STLRFOT\0"
 inline constexpr uint32_t kPackMagic = 0x4B434150;                    // "PACK"
 
 // ---- Superblock -------------------------------------------------------------------------------
