@@ -614,13 +614,27 @@ uint64_t Delta::extents() const {
 }
 
 Result<NodeRef> Delta::persist(nebula::Store& store) const {
-    if (!root_) {
-        return NodeRef{};
-    }
+    const Delta* const self = this;
+    STELLARIUM_ASSIGN(const std::vector<NodeRef> names, persist_all(store, {&self, 1}));
+    return names.front();
+}
+
+Result<std::vector<NodeRef>> Delta::persist_all(nebula::Store& store,
+                                                std::span<const Delta* const> deltas) {
+    const uint64_t store_tag = tag_of(store);
     NodeWriter writer(store);
-    STELLARIUM_TRY(store_node(tag_of(store), writer, root_));
+    for (const Delta* delta : deltas) {
+        if (delta->root_) {
+            STELLARIUM_TRY(store_node(store_tag, writer, delta->root_));
+        }
+    }
     STELLARIUM_TRY(writer.flush());
-    return root_->name;
+    std::vector<NodeRef> names;
+    names.reserve(deltas.size());
+    for (const Delta* delta : deltas) {
+        names.push_back(delta->root_ ? delta->root_->name : NodeRef{});
+    }
+    return names;
 }
 
 Result<Delta> Delta::load(nebula::Store& store, const NodeRef& root) {

@@ -205,6 +205,29 @@ TEST(Delta, PersistWritesOnlyWhatChanged) {
     EXPECT_LE(test.store().stats().chunks - objects, kTreeLevels + 1);
 }
 
+TEST(Delta, ManyDeltasShareOneBatch) {
+    TestStore test;
+    const std::vector<Extent> chunks = imaginary_chunks(30);
+    std::vector<Delta> deltas(300);
+    std::vector<const Delta*> all;
+    for (uint64_t i = 0; i < deltas.size(); ++i) {
+        if (i != 7) {
+            must(deltas[i].set(test.store(), i, {chunks[i % 30]}));
+        }
+        all.push_back(&deltas[i]);
+    }
+    const uint64_t appends = test.store().appends;
+    const std::vector<NodeRef> names = must(Delta::persist_all(test.store(), all));
+    EXPECT_EQ(test.store().appends, appends + 1);
+    ASSERT_EQ(names.size(), deltas.size());
+    EXPECT_TRUE(names[7].empty());
+    for (uint64_t i = 0; i < deltas.size(); ++i) {
+        EXPECT_EQ(names[i], must(deltas[i].persist(test.store())));
+    }
+    EXPECT_EQ(test.store().appends, appends + 1) << "all were named already";
+    EXPECT_TRUE(must(Delta::persist_all(test.store(), {})).empty());
+}
+
 TEST(Delta, ASmallDeltaIsOneNode) {
     // What makes ten thousand clones with a few writes each cheap to checkpoint.
     TestStore test;

@@ -154,6 +154,10 @@ class Delta {
     /// Stores every node that is not stored yet and returns the name of the root (empty when the
     /// delta is). Appends without sync: the last batch is at most store.sequence() on return.
     Result<NodeRef> persist(nebula::Store& store) const;
+    /// The same for many deltas, with their nodes packed into few batches: what a checkpoint of
+    /// thousands of volumes with a few writes each should use. Names in the order of `deltas`.
+    static Result<std::vector<NodeRef>> persist_all(nebula::Store& store,
+                                                    std::span<const Delta* const> deltas);
     /// A delta whose nodes are read when first needed; the root node is read now.
     static Result<Delta> load(nebula::Store& store, const NodeRef& root);
     /// The same without reading anything: for catalogs that also keep leaves() and extents(). A
