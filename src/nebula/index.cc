@@ -772,7 +772,7 @@ uint64_t ChunkIndex::memory_bytes() const {
             total += shard.buckets.load(std::memory_order_relaxed) * kBucketBytes;
         }
         if (shard.overflow) {
-            total += sizeof(*shard.overflow) + shard.overflow->capacity() * kSlotBytes;
+            total += sizeof(std::vector<Slot>) + shard.overflow->capacity() * kSlotBytes;
         }
     }
     return total;
@@ -915,7 +915,7 @@ Result<ChunkIndex::Opened> ChunkIndex::open_checkpoint(io::File& file,
         return damaged(path, sizeof(IndexCheckpointHeader), "the shard table fails its checksum");
     }
 
-    Opened opened{std::make_unique<ChunkIndex>(), {header.store_uuid, header.sequence}};
+    auto index = std::make_unique<ChunkIndex>();
     uint64_t expected_offset = kDataOffset;
     uint64_t entries = 0;
     for (uint32_t number = 0; number < kIndexShards; ++number) {
@@ -931,7 +931,7 @@ Result<ChunkIndex::Opened> ChunkIndex::open_checkpoint(io::File& file,
         }
         expected_offset += shard_bytes;
         entries += row.entries;
-        Shard& shard = opened.index->shards_[number];
+        Shard& shard = index->shards_[number];
         if (row.buckets != 0) {
             shard.buckets = row.buckets;
             shard.slots = bytes.data() + row.offset_bytes;
@@ -943,8 +943,8 @@ Result<ChunkIndex::Opened> ChunkIndex::open_checkpoint(io::File& file,
         return damaged(path, sizeof(IndexCheckpointHeader),
                        "header and shard table contradict each other");
     }
-    opened.index->mapping_ = std::move(mapping);
-    return opened;
+    index->mapping_ = std::move(mapping);
+    return Opened{std::move(index), {header.store_uuid, header.sequence}};
 }
 
 /// Checks a shard of the mapping: its checksum, and that every slot is where a probe looks for it,

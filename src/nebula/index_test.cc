@@ -2,10 +2,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstddef>
+#include <fstream>
 #include <map>
 #include <set>
+#include <sstream>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <unordered_map>
 #include <vector>
 
@@ -364,6 +368,7 @@ TEST(IndexThreads, ReadersFindWhatWasInsertedWhileEverythingGrows) {
     std::atomic<bool> done = false;
     std::atomic<uint64_t> lost = 0;
     std::vector<std::thread> threads;
+    threads.reserve(kWriters + kReaders);
     for (uint64_t w = 0; w < kWriters; ++w) {
         threads.emplace_back([&, w] {
             for (uint64_t i = 0; i < each; ++i) {
@@ -473,6 +478,7 @@ TEST_F(IndexFiles, OpenedShardsAreFirstTouchedByManyThreadsAtOnce) {
     const auto copy = reopened(index);
     std::atomic<uint64_t> missing = 0;
     std::vector<std::thread> threads;
+    threads.reserve(3);
     for (uint64_t t = 0; t < 3; ++t) {
         threads.emplace_back([&, t] {
             for (uint64_t i = 0; i < count; ++i) {
@@ -642,7 +648,7 @@ TEST_F(IndexDamage, NoFlippedByteIsOverlooked) {
     const auto row = load<IndexShardRow>(
         Bytes(content_).subspan(sizeof(IndexCheckpointHeader) + 7 * sizeof(IndexShardRow)));
     ASSERT_GT(row.overflow_slots, 0U);
-    const uint64_t overflow = row.offset_bytes + row.buckets * 64;
+    const uint64_t overflow = row.offset_bytes + uint64_t{row.buckets} * 64;
     for (uint64_t offset = overflow; offset < overflow + 64; ++offset) {
         expect_flip_refused(offset, mask());
     }
@@ -751,8 +757,98 @@ TEST_F(IndexDamage, ADamagedShardIsAnErrorUntilItIsClearedAndFilledAgain) {
     EXPECT_TRUE(has(index, id, address_of(0)));
 }
 
-/// The format: the first bytes of a checkpoint of one chunk, written down.
-TEST_F(IndexFiles, GoldenCheckpoint) {
+// --- docs/formats/index-checkpoint.md.
+
+/// The page's lines under a heading, up to the next one.
+std::vector<std::string> page_section(const std::string& heading) {
+    std::ifstream file(STELLARIUM_SOURCE_DIR "/docs/formats/index-checkpoint.md");
+    std::vector<std::string> lines;
+    bool inside = false;
+    for (std::string line; std::getline(file, line);) {
+        if (line.starts_with("#")) {
+            inside = line.substr(line.find(' ') + 1) == heading;
+        } else if (inside) {
+            lines.push_back(line);
+        }
+    }
+    EXPECT_FALSE(lines.empty()) << "no section '" << heading << "'";
+    return lines;
+}
+
+struct Field {
+    size_t offset;
+    size_t size;
+    std::string name;
+    friend bool operator==(const Field&, const Field&) = default;
+    // The name is GoogleTest's. NOLINTNEXTLINE(readability-identifier-naming)
+    friend void PrintTo(const Field& field, std::ostream* out) {
+        *out << field.name << " at " << field.offset << ", " << field.size << " bytes";
+    }
+};
+
+/// The rows of a section's table of offset, size and name.
+std::vector<Field> page_fields(const std::string& heading) {
+    std::vector<Field> fields;
+    for (const std::string& line : page_section(heading)) {
+        Field field{};
+        std::string bar;
+        std::istringstream row(line);
+        if (row >> bar >> field.offset >> bar >> field.size >> bar >> field.name && bar == "|") {
+            fields.push_back(
+                {field.offset, field.size, field.name.substr(1, field.name.size() - 2)});
+        }
+    }
+    return fields;
+}
+
+/// The bytes of a section's hex dump, by offset.
+std::map<size_t, std::byte> page_dump(const std::string& heading) {
+    std::map<size_t, std::byte> bytes;
+    bool inside = false;
+    for (const std::string& line : page_section(heading)) {
+        if (line.starts_with("```")) {
+            inside = !inside;
+        } else if (inside) {
+            std::istringstream row(line);
+            size_t offset = 0;
+            row >> std::hex >> offset;
+            for (unsigned value = 0; row >> value;) {
+                bytes[offset++] = static_cast<std::byte>(value);
+            }
+        }
+    }
+    return bytes;
+}
+
+#define STELLARIUM_FIELD(Struct, field)                        \
+    Field {                                                    \
+        offsetof(Struct, field), sizeof(Struct::field), #field \
+    }
+
+TEST(IndexCheckpointPage, StructsAreAsDocumented) {
+    using Header = IndexCheckpointHeader;
+    EXPECT_EQ(
+        page_fields("Header, 4096 bytes"),
+        (std::vector<Field>{
+            STELLARIUM_FIELD(Header, magic), STELLARIUM_FIELD(Header, read_version),
+            STELLARIUM_FIELD(Header, write_version), STELLARIUM_FIELD(Header, features_refuse),
+            STELLARIUM_FIELD(Header, features_read_only), STELLARIUM_FIELD(Header, features_ignore),
+            STELLARIUM_FIELD(Header, store_uuid), STELLARIUM_FIELD(Header, sequence),
+            STELLARIUM_FIELD(Header, entries), STELLARIUM_FIELD(Header, file_bytes),
+            STELLARIUM_FIELD(Header, shards), STELLARIUM_FIELD(Header, bucket_bytes),
+            STELLARIUM_FIELD(Header, table_checksum), STELLARIUM_FIELD(Header, reserved),
+            STELLARIUM_FIELD(Header, checksum)}));
+    EXPECT_EQ(
+        page_fields("Row of the shard table, 32 bytes"),
+        (std::vector<Field>{
+            STELLARIUM_FIELD(IndexShardRow, offset_bytes), STELLARIUM_FIELD(IndexShardRow, buckets),
+            STELLARIUM_FIELD(IndexShardRow, overflow_slots),
+            STELLARIUM_FIELD(IndexShardRow, entries), STELLARIUM_FIELD(IndexShardRow, reserved),
+            STELLARIUM_FIELD(IndexShardRow, checksum)}));
+}
+
+/// A change here is a change of format.
+TEST_F(IndexFiles, GoldenCheckpointIsTheOneOnThePage) {
     ChunkIndex index;
     ASSERT_TRUE(index.insert(hash(bytes_of("stellarium")), PageAddress::make(3, 5)).value());
     const auto target = file("golden");
@@ -762,6 +858,52 @@ TEST_F(IndexFiles, GoldenCheckpoint) {
     EXPECT_EQ(content.size(), 4096U + 4096 * 32 + 64);
     EXPECT_EQ(hash(content).hex(),
               "b849d27c1be06aec0ab9735521fbbc1b2d8ef486a7ba1c4ae256d442f46f4c18");
+    const auto dump = page_dump("Example");
+    EXPECT_GT(dump.size(), 200U);
+    for (const auto& [offset, byte] : dump) {
+        ASSERT_LT(offset, content.size());
+        EXPECT_EQ(content[offset], byte) << "offset " << offset;
+    }
+}
+
+/// A reader written from the page alone finds every pair where the page says.
+TEST_F(IndexFiles, AnIndependentReaderFindsEveryPair) {
+    ChunkIndex index;
+    constexpr uint64_t kCount = 300'000 / kScale;
+    fill(index, 0, kCount);
+    const auto target = file("placement");
+    ASSERT_TRUE(index.write_checkpoint(*target, {kUuid, 1}).has_value());
+    std::vector<std::byte> content(target->size_bytes().value());
+    ASSERT_TRUE(io::read_exact(*target, content, 0).has_value());
+
+    using Pair = std::tuple<uint64_t, uint64_t, uint64_t>;  // Shard, r, address.
+    std::set<Pair> in_file;
+    for (uint64_t shard = 0; shard < 4096; ++shard) {
+        const auto row = load<IndexShardRow>(Bytes(content).subspan(4096 + shard * 32, 32));
+        const uint64_t n = row.buckets;
+        for (uint64_t i = 0; i < n * 8 + row.overflow_slots; ++i) {
+            const uint64_t slot = load<U64Le>(Bytes(content).subspan(row.offset_bytes + i * 8, 8));
+            if (slot == 0) {
+                continue;
+            }
+            const uint64_t r = slot >> 40;
+            const uint64_t b1 = r * n >> 24;
+            uint64_t m = r ^ r >> 13;
+            m = (m * 0x9E3779B1) % (1 << 24);
+            m ^= m >> 11;
+            m = (m * 0x85EBCA6B) % (1 << 24);
+            m ^= m >> 13;
+            const uint64_t b2 = n == 1 ? b1 : (b1 + 1 + (m * (n - 1) >> 24)) % n;
+            ASSERT_TRUE(i >= n * 8 || i / 8 == b1 || i / 8 == b2) << shard << " " << i;
+            ASSERT_TRUE(in_file.emplace(shard, r, slot % (uint64_t{1} << 40)).second);
+        }
+    }
+    std::set<Pair> expected;
+    for (uint64_t i = 0; i < kCount; ++i) {
+        const uint64_t prefix = load<U64Le>(bytes_of(id_of(i)).first(8));
+        expected.emplace(prefix >> 52, (prefix >> 28) % (1 << 24), address_of(i).value());
+    }
+    EXPECT_EQ(in_file, expected);
 }
 
 }  // namespace
