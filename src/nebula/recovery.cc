@@ -29,6 +29,7 @@ class Recovery {
         std::shared_ptr<io::File> file;
         Segment* segment = nullptr;  ///< Known to the set from its first batch on.
         size_t entries = 0;
+        std::string header_damage{};
         uint64_t first_sequence = 0;
         uint64_t last_sequence = 0;
     };
@@ -100,7 +101,21 @@ Result<void> Recovery::open_sources(const std::vector<uint32_t>& numbers) {
             STELLARIUM_ASSIGN(const uint64_t size, file->size_bytes());
             file->drop_cache(0, size);
         }
+        std::vector<std::byte> page(kPageBytes);
+        Result<void> header = io::read_exact(*file, page, 0);
+        if (header) {
+            const auto decoded = decode_segment_header(page, store_id_, number);
+            if (!decoded) {
+                header = std::unexpected(decoded.error().with_context(file->path()));
+            }
+        }
+        if (!header && header.error().code() != ErrorCode::kCorrupt) {
+            return header;
+        }
         sources_.push_back({.number = number, .file = std::move(file)});
+        if (!header) {
+            sources_.back().header_damage = header.error().message();
+        }
     }
     return {};
 }
@@ -142,6 +157,13 @@ Result<void> Recovery::read_before_checkpoint() {
 void Recovery::add_entries(Source& source, const ScannedBatch& batch) {
     if (source.segment == nullptr) {
         source.segment = &segments_.add_in_memory(source.number, source.file, {});
+    }
+    if (!source.header_damage.empty()) {
+        log_.headers_needed.push_back(
+            {.segment = source.number, .first_sequence = batch.sequence, .file = source.file});
+        log_.warnings.push_back(fmt::format("{}; its batches are whole{}", source.header_damage,
+                                            may_write_ ? ", and the header is written anew" : ""));
+        source.header_damage.clear();
     }
     segments_.append_entries(*source.segment, batch.entries);
     source.entries += batch.entries.size();
@@ -216,6 +238,7 @@ Result<void> Recovery::read_after_checkpoint() {
         }
 
         if (found && !found->damage.empty()) {
+            log_.highest_sequence = std::max(log_.highest_sequence, found->sequence);
             STELLARIUM_ASSIGN(const Evidence evidence, evidence_behind(source, found->end_page));
             if (evidence.durable_through < found->sequence) {
                 return end_log(source, found->page, found->damage.front());

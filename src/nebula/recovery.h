@@ -57,6 +57,14 @@ struct RecoveredLog {
     std::vector<std::string> warnings;    ///< What was cut off, and why.
     bool cut_tail = false;                ///< tail_segment has bytes behind tail_page.
     std::vector<uint32_t> drop_segments;  ///< Segment files behind the end of the log.
+    /// Segments of the log whose header page is not valid (lost by a crash, or damaged); all that
+    /// it says is known.
+    struct HeaderNeeded {
+        uint32_t segment = 0;
+        uint64_t first_sequence = 0;
+        std::shared_ptr<io::File> file;
+    };
+    std::vector<HeaderNeeded> headers_needed;
     /// Segments before the tail, after the checkpoint, that have no valid footer.
     struct FooterNeeded {
         uint32_t segment = 0;

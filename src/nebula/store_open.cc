@@ -260,6 +260,12 @@ Result<void> StoreImpl::apply_recovery(RecoveredLog& log) {
             STELLARIUM_TRY(log.tail_file->truncate(uint64_t{log.tail_page} * kPageBytes));
             STELLARIUM_TRY(log.tail_file->datasync());
         }
+        for (const RecoveredLog::HeaderNeeded& needed : log.headers_needed) {
+            const SegmentHeader header =
+                make_segment_header(store_id_, needed.segment, needed.first_sequence);
+            STELLARIUM_TRY(io::write_all(*needed.file, bytes_of(header), 0));
+            STELLARIUM_TRY(needed.file->datasync());
+        }
         for (const uint32_t number : log.drop_segments) {
             STELLARIUM_TRY(files_.remove(segments_->path(number)));
         }
