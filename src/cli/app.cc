@@ -237,6 +237,11 @@ void add_store_commands(CLI::App& app, Builder& builder, Invocation& invocation)
                     "  stellarctl stats\n  stellarctl stats --json | jq .dedup_ratio");
     builder.command(&app, "status", "Show the store's state and who serves it", status,
                     "  stellarctl status");
+    CLI::App* const dumped = builder.command(
+        &app, "dump", "Print one of the store's files in words, damaged ones too", dump,
+        "  stellarctl dump /var/lib/stellarium/superblock\n"
+        "  stellarctl dump /var/lib/stellarium/segments/0000001.seg");
+    builder.word(dumped, "FILE", builder.arguments().path, "the file", "FILE");
     CLI::App* const completion =
         app.add_subcommand("completion", "Print a completion script for a shell");
     completion->footer(

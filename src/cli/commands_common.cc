@@ -16,7 +16,7 @@ Result<control::ControlClient*> Context::client() {
     if (!session_) {
         STELLARIUM_ASSIGN(session_, Session::open(location_));
         for (const std::string& warning : session_->warnings()) {
-            fmt::print(stderr, "stellarctl: warning: {}\n", warning);
+            complain(fmt::format("stellarctl: warning: {}\n", warning));
         }
     }
     return &session_->client();

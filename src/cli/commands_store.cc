@@ -8,6 +8,8 @@
 
 #include "cli/commands_common.h"
 #include "control/locations.h"
+#include "io/posix.h"
+#include "nebula/dump.h"
 
 namespace stellarium::cli {
 
@@ -191,6 +193,39 @@ Result<void> status(Context& context, const Arguments&) {
             out.line(fmt::format("warning   {}",
                                  warning.is_string() ? warning.get<std::string>() : "?"));
         }
+    }
+    return {};
+}
+
+Result<void> dump(Context& context, const Arguments& arguments) {
+    Output& out = context.out();
+    Json lines = Json::array();
+    Result<void> flushed;
+    // Printed as it comes: a segment's dump is long, and a damaged file may end it early.
+    constexpr uint64_t kFlushEvery = 1000;
+    uint64_t printed = 0;
+    const Result<uint64_t> damages =
+        nebula::dump_file(io::real_env(), arguments.path, [&](std::string_view line) {
+            if (out.json()) {
+                lines.push_back(line);
+                return;
+            }
+            out.line(line);
+            if (++printed % kFlushEvery == 0 && flushed) {
+                flushed = out.flush();
+            }
+        });
+    if (!damages) {
+        return std::unexpected(damages.error());
+    }
+    if (out.json()) {
+        out.value(Json{{"file", arguments.path}, {"damages", *damages}, {"lines", lines}});
+    }
+    STELLARIUM_TRY(flushed);
+    STELLARIUM_TRY(out.flush());
+    if (*damages > 0) {
+        return fail(ErrorCode::kCorrupt, fmt::format("{} is damaged in {} place{}", arguments.path,
+                                                     *damages, *damages == 1 ? "" : "s"));
     }
     return {};
 }

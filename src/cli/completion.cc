@@ -121,8 +121,8 @@ std::vector<std::string> complete(CLI::App& app, const std::vector<std::string>&
     } else if (typed.starts_with('-')) {
         candidates = option_names(*at);
     } else {
-        for (const CLI::App* command : at->get_subcommands([](CLI::App*) { return true; })) {
-            if (command->get_group() != "") {
+        if (positionals.empty()) {
+            for (const CLI::App* command : at->get_subcommands([](CLI::App*) { return true; })) {
                 candidates.push_back(command->get_name());
             }
         }

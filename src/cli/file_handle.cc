@@ -14,6 +14,8 @@ Result<size_t> read_fully(int descriptor, MutableBytes into, int64_t offset,
                                 : ::pread(descriptor, into.data() + done, into.size() - done,
                                           static_cast<off_t>(offset + static_cast<int64_t>(done)));
         if (got == 0) {
+            // The end may have come because both sides of a pipe were interrupted.
+            STELLARIUM_TRY(check_interrupt());
             break;
         }
         if (got < 0) {

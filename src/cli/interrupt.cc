@@ -3,22 +3,34 @@
 #include <atomic>
 #include <csignal>
 
+#include <pthread.h>
+
 namespace stellarium::cli {
 namespace {
 
 std::atomic<bool> interrupt_flag{false};
 static_assert(std::atomic<bool>::is_always_lock_free);
 
-void on_signal(int) {
-    interrupt_flag.store(true, std::memory_order_relaxed);
+pthread_t main_thread;
+
+/// The system may choose any thread; only the main one waits in calls that should end.
+void on_signal(int signal_number) {
+    if (pthread_equal(pthread_self(), main_thread) == 0) {
+        pthread_kill(main_thread, signal_number);
+        return;
+    }
+    if (interrupt_flag.exchange(true, std::memory_order_relaxed)) {
+        std::signal(signal_number, SIG_DFL);
+        raise(signal_number);
+    }
 }
 
 }  // namespace
 
 void install_interrupt_handler() {
+    main_thread = pthread_self();
     struct sigaction action{};
     action.sa_handler = on_signal;
-    action.sa_flags = static_cast<int>(SA_RESETHAND);
     sigaction(SIGINT, &action, nullptr);
     sigaction(SIGTERM, &action, nullptr);
     // Writing to a closed pipe, or past a file size limit, is an error like any other.

@@ -3,7 +3,7 @@
 // After install_interrupt_handler() the first signal only sets a flag, and system calls return
 // EINTR; a second one ends the process as usual. Code that lasts looks at the flag.
 //
-// Thread rule: any thread; install once.
+// Thread rule: any thread; install once, on the thread that does the work.
 #pragma once
 
 #include "base/error.h"

@@ -25,12 +25,12 @@ constexpr int kUsageExit = 2;
 int report(const Error& error, bool json) {
     const ErrorMapping& mapping = error_mapping(error.code());
     if (json) {
-        fmt::print(stderr, "{}\n", control::to_text(control::error_to_json(error)));
+        complain(fmt::format("{}\n", control::to_text(control::error_to_json(error))));
     } else {
-        fmt::print(stderr, "stellarctl: {}\n", error.message());
+        complain(fmt::format("stellarctl: {}\n", error.message()));
         // The words that were wrong are the advice themselves.
         if (error.code() != ErrorCode::kInvalidArgument && error.code() != ErrorCode::kCancelled) {
-            fmt::print(stderr, "stellarctl: advice: {}\n", mapping.advice);
+            complain(fmt::format("stellarctl: advice: {}\n", mapping.advice));
         }
     }
     return mapping.exit_code;
@@ -40,8 +40,8 @@ int usage_error(const std::string& message, bool json) {
     if (json) {
         return report(Error(ErrorCode::kInvalidArgument, message), true);
     }
-    fmt::print(stderr, "stellarctl: {}\nTry 'stellarctl --help', or --help after a command.\n",
-               message);
+    complain(fmt::format("stellarctl: {}\nTry 'stellarctl --help', or --help after a command.\n",
+                         message));
     return kUsageExit;
 }
 
@@ -144,7 +144,7 @@ int run(int argc, char** argv) {
     Invocation invocation;
     build_app(app, invocation);
     if (words.empty()) {
-        fmt::print(stderr, "{}", app.help());
+        complain(fmt::format("{}", app.help()));
         return kUsageExit;
     }
     try {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 
 #include <unistd.h>
 
@@ -55,6 +56,10 @@ void Output::line(std::string_view text) {
 void Output::value(const control::Json& json) {
     text_ += control::to_pretty_text(json);
     text_ += '\n';
+}
+
+void complain(std::string_view text) {
+    std::fwrite(text.data(), 1, text.size(), stderr);
 }
 
 Result<void> Output::flush() {

@@ -63,4 +63,7 @@ class Output {
     std::string text_;
 };
 
+/// Writes to standard error; a standard error that is gone changes nothing.
+void complain(std::string_view text);
+
 }  // namespace stellarium::cli

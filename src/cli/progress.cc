@@ -1,12 +1,12 @@
 #include "cli/progress.h"
 
 #include <algorithm>
-#include <cstdio>
 
 #include <fmt/format.h>
 #include <unistd.h>
 
 #include "base/units.h"
+#include "cli/output.h"
 
 namespace stellarium::cli {
 namespace {
@@ -75,15 +75,13 @@ void Progress::advance(uint64_t position_bytes, uint64_t moved_bytes) {
     }
     state_.seconds = std::chrono::duration<double>(now - begin_).count();
     // "Erase to the end of the line" is understood by every terminal of the last forty years.
-    fmt::print(stderr, "\r{}\x1b[K", progress_line(state_));
-    std::fflush(stderr);
+    complain(fmt::format("\r{}\x1b[K", progress_line(state_)));
     drawn_ = true;
 }
 
 void Progress::finish() {
     if (drawn_) {
-        fmt::print(stderr, "\r\x1b[K");
-        std::fflush(stderr);
+        complain("\r\x1b[K");
         drawn_ = false;
     }
 }

@@ -667,9 +667,9 @@ struct ControlService::Impl {
 
     Result<Response> detach(Call& call) {
         const std::string& source = call.values[0];
+        STELLARIUM_TRY(suggest(pool.find(source), source));
         if (options.host != nullptr) {
-            STELLARIUM_ASSIGN(const AttachmentStatus status,
-                              suggest(options.host->detach(source), source));
+            STELLARIUM_ASSIGN(const AttachmentStatus status, options.host->detach(source));
             return json_response(200, to_json(status));
         }
         for (const AttachmentStatus& status : offline_attachments()) {
@@ -678,7 +678,6 @@ struct ControlService::Impl {
                 return json_response(200, to_json(status));
             }
         }
-        STELLARIUM_TRY(suggest(pool.find(source), source));
         return fail(ErrorCode::kNotFound, fmt::format("'{}' is not attached", source));
     }
 };

@@ -183,6 +183,10 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
         if (handler_.wants_upload(request_.method, request_.target)) {
             return start_stream([self = shared_from_this()] { self->run_upload(); });
         }
+        if (const auto length = head_->content_length();
+            length && *length > control::kMaxJsonBytes) {
+            return on_read_error(http::error::body_limit);
+        }
         body_.emplace(std::move(*head_));
         body_->body_limit(control::kMaxJsonBytes);
         if (expects_continue_ && !body_->is_done()) {

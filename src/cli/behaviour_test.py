@@ -1,0 +1,654 @@
+#!/usr/bin/env python3
+"""How stellarctl and stellariumd behave towards people and programs: answers, errors, exit codes,
+the same answers with and without a daemon, what survives a kill."""
+import json
+import os
+import random
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import unittest
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "testing"))
+from harness import CTL, DAEMON, EXIT, TIMEOUT_S, Store, TestCase  # noqa: E402
+
+SOURCE_ROOT = Path(__file__).resolve().parents[2]
+
+
+def commands():
+    """Every command's words, from the program's own help."""
+    def below(words):
+        text = subprocess.run([CTL, *words, "--help"], capture_output=True, text=True,
+                              check=True).stdout
+        section = re.search(r"^Subcommands:\n((?:  .*\n?)+)", text, re.MULTILINE)
+        if not section:
+            yield words
+            return
+        for line in section.group(1).splitlines():
+            if re.match(r"^  \S", line):
+                yield from below([*words, line.split()[0]])
+    return list(below([]))
+
+
+class SameInBothModes(TestCase):
+    """The same words give the same bytes, whether a daemon holds the store or not."""
+
+    SCRIPT = [
+        ["image", "ls"], ["volume", "ls", "--json"], ["image", "import", "a", "FILE"],
+        ["image", "import", "a", "FILE"], ["image", "import", "b", "FILE", "--json"],
+        ["image", "ls"], ["image", "ls", "--json"], ["image", "ls", "--bytes"],
+        ["image", "info", "a"], ["image", "info", "a", "--json"], ["image", "info", "c"],
+        ["volume", "create", "v", "--size", "10MiB"], ["volume", "create", "v", "--size", "10MiB"],
+        ["volume", "create", "w", "--size", "10MiB", "--json"],
+        ["volume", "create", "x", "--size", "1"], ["volume", "create", "bad name", "--size", "4K"],
+        ["volume", "clone", "a", "c-{n}", "--count", "12"],
+        ["volume", "clone", "a", "d", "--json"], ["volume", "clone", "nope", "e"],
+        ["volume", "clone", "a", "c-{n}", "--count", "3"], ["volume", "clone", "a", "e", "--count", "2"],
+        ["volume", "ls"], ["volume", "ls", "--json"], ["volume", "info", "c-7"],
+        ["volume", "info", "c7"], ["volume", "info", "a"], ["volume", "info", "c-7", "--json"],
+        ["snapshot", "create", "c-7", "s1"], ["snapshot", "create", "c-7", "s1"],
+        ["snapshot", "create", "a", "s1"], ["snapshot", "create", "c-7", "s2", "--json"],
+        ["snapshot", "ls"], ["snapshot", "ls", "c-7", "--json"], ["snapshot", "ls", "nope"],
+        ["snapshot", "info", "c-7", "s1"], ["snapshot", "info", "c-7", "s9", "--json"],
+        ["volume", "clone", "c-7@s1", "from-snapshot"], ["volume", "clone", "c-7@s9", "f"],
+        ["volume", "resize", "c-7", "20MiB"], ["volume", "resize", "c-7", "much"],
+        ["volume", "diff", "c-7@s1", "c-7"], ["volume", "diff", "c-7", "v", "--json"],
+        ["volume", "diff", "a", "c-1"], ["volume", "diff", "a", "nope"],
+        ["snapshot", "rollback", "c-7", "s1"], ["snapshot", "rollback", "c-7", "s9"],
+        ["snapshot", "rm", "c-7", "s2"], ["snapshot", "rm", "c-7", "s2", "--json"],
+        ["volume", "rename", "c-1", "web-1"], ["volume", "rename", "c-1", "web-1"],
+        ["volume", "rename", "a", "b"], ["image", "rename", "b", "bb"],
+        ["volume", "rm", "c-2", "c-3"], ["volume", "rm", "c-2", "c-4"], ["volume", "rm", "c-4", "c-4"],
+        ["volume", "rm", "a"], ["image", "rm", "bb", "--json"], ["image", "rm", "d"],
+        ["image", "export", "a", "OUT/a.raw"], ["image", "export", "a", "OUT/a.raw"],
+        ["image", "export", "a", "OUT/a.raw", "--force", "--json"],
+        ["volume", "export", "c-7@s1", "OUT/s.raw"], ["volume", "export", "nope", "OUT/n.raw"],
+        ["attachments"], ["attachments", "--json"], ["detach", "c-7"], ["stats"],
+        ["volume", "ls"], ["snapshot", "ls"], ["image", "ls"],
+    ]
+
+    def play(self, store):
+        rng = random.Random(7)
+        source = store.folder / "source.raw"
+        with open(source, "wb") as file:
+            file.write(rng.randbytes(1_500_000))
+            file.truncate(10 << 20)
+        (store.folder / "out").mkdir()
+        played = []
+        for words in self.SCRIPT:
+            words = [word.replace("FILE", str(source)).replace("OUT", str(store.folder / "out"))
+                     for word in words]
+            done = store.run(*words)
+            played.append({"words": store.normalised(" ".join(words)), "code": done.code,
+                           "out": store.normalised(done.out), "err": store.normalised(done.err)})
+        return played
+
+    def test_same_output(self):
+        direct = self.play(self.store())
+        served = self.play(self.store(daemon=True))
+        for one, other in zip(direct, served):
+            if one["words"] == "stats":  # What is in memory differs between processes.
+                one["out"], other["out"] = (
+                    "\n".join(line for line in each["out"].splitlines()
+                              if not re.match("index_bytes|node_cache|.*sequence|chunks_verified|"
+                                              "appended|stored", line))
+                    for each in (one, other))
+            self.assertEqual(one, other)
+        self.assertEqual({each["code"] for each in direct},
+                         {0, EXIT["invalid_argument"], EXIT["not_found"], EXIT["already_exists"]})
+
+
+class Words(TestCase):
+    """What is wrong on the command line is told, with what to do."""
+
+    def setUp(self):
+        self.s = self.store()
+
+    def test_usage_errors(self):
+        cases = [
+            (["volum", "ls"], "did you mean 'volume'?"),
+            (["volume", "lss"], "did you mean 'ls'?"),
+            (["volume"], "subcommand"),
+            (["volume", "create", "x"], "--size"),
+            (["volume", "create", "--size", "1GiB"], "NAME"),
+            (["volume", "create", "x", "--size", "1GiB", "--size", "2GiB"], "--size"),
+            (["volume", "create", "x", "y", "--size", "1GiB"], "y"),
+            (["volume", "create", "x", "--size", ""], "size"),
+            (["volume", "create", "x", "--size", "-5"], "size"),
+            (["volume", "create", "x", "--size", "99999999999999999999"], "too large"),
+            (["volume", "create", "x", "--size", "16EiB"], "size"),
+            (["volume", "create", "x", "--size", "2PiB"], ""),
+            (["volume", "create", "", "--size", "4K"], ""),
+            (["volume", "create", "x" * 10000, "--size", "4K"], "128"),
+            (["volume", "create", "../x", "--size", "4K"], ""),
+            (["volume", "create", "x\n", "--size", "4K"], ""),
+            (["volume", "create", "é", "--size", "4K"], ""),
+            (["volume", "clone", "a", "b", "--count", "0"], "--count"),
+            (["volume", "clone", "a", "b{n}", "--count", "100001"], "100000"),
+            (["volume", "clone", "a", "b", "--count", "2"], "{n}"),
+            (["volume", "clone", "a", "b", "--count", "-1"], "--count"),
+            (["volume", "clone", "a", "b", "--count", "x"], "--count"),
+            (["volume", "rm"], "NAME"),
+            (["volume", "ls", "--frob"], "--frob"),
+            (["image", "import", "x", "/"], "directory"),
+            (["image", "import", "x", "-", "--format", "qcow2"], "raw"),
+            (["image", "import", "x", "y", "--format", "floppy"], "known: raw, qcow2"),
+            (["completion", "tcsh"], "bash, zsh, fish"),
+            (["attach", "x"], "--vhost-user"),
+        ]
+        for words, text in cases:
+            with self.subTest(words=[word[:40] for word in words]):
+                self.assert_fails(self.s.run(*words), "invalid_argument", text)
+                done = self.s.run(*words, "--json")
+                self.assert_fails(done, "invalid_argument")
+                self.assertEqual(json.loads(done.err)["code"], "invalid_argument")
+        self.assertEqual(self.s.run().code, 2)
+        self.assertIn("Examples:", self.s.ok("volume", "create", "--help").out)
+
+    def test_other_errors(self):
+        self.s.ok("volume", "create", "web", "--size", "1MiB")
+        for words, kind, text in [
+            (["volume", "info", "wbe"], "not_found", "did you mean 'web'?"),
+            (["image", "import", "x", "/nonexistent/disk"], "not_found", "/nonexistent/disk"),
+            (["volume", "export", "web", "/nonexistent/out"], "not_found", "/nonexistent"),
+            (["volume", "create", "web", "--size", "1MiB"], "already_exists", "web"),
+            (["init"], "already_exists", "store"),
+            (["attach", "web", "--vhost-user", "web.sock"], "unavailable", "stellariumd --store"),
+            (["detach", "web"], "not_found", "not attached"),
+            (["--store", "/nonexistent/store", "stats"], "not_found", "init"),
+            (["stats", "--socket", "/nonexistent/sock"], "unavailable", "no daemon"),
+            (["dump", "/nonexistent/file"], "not_found", ""),
+        ]:
+            with self.subTest(words=words):
+                self.assert_fails(self.s.run(*words), kind, text)
+                done = self.s.run(*words, "--json")
+                self.assertEqual(json.loads(done.err)["code"], kind)
+
+    def test_every_command_has_help_with_examples_and_a_manual(self):
+        manual = (SOURCE_ROOT / "docs/man/stellarctl.1").read_text().replace("\\-", "-")
+        found = commands()
+        self.assertGreaterEqual(len(found), 28)
+        for words in found:
+            text = subprocess.run([CTL, *words, "--help"], capture_output=True, text=True,
+                                  check=True).stdout
+            with self.subTest(command=" ".join(words)):
+                self.assertIn("Examples:", text)
+                self.assertIn(" ".join(words), manual)
+                for option in set(re.findall(r"--[a-z][a-z-]+", text.split("Examples:")[0])):
+                    self.assertIn(option, manual, f"the manual lacks {option}")
+
+    def test_version(self):
+        self.assertRegex(self.s.ok("--version").out, r"^stellarctl \d+\.\d+\.\d+\n$")
+        self.assertEqual(self.s.ok("version").out, self.s.ok("--version").out)
+        self.assertIn("version", self.s.json("version"))
+
+    def test_full_standard_output_is_an_error(self):
+        if not os.path.exists("/dev/full"):
+            self.skipTest("no /dev/full")
+        with open("/dev/full", "w") as full:
+            done = self.s.run("image", "ls", stdout=full)
+        self.assertEqual(done.code, EXIT["no_space"])
+        self.assertIn("standard output", done.err)
+
+    def test_json_of_every_reporting_command(self):
+        s = self.s
+        source = s.folder / "x.raw"
+        source.write_bytes(b"x" * 10000)
+        self.assertEqual(s.json("image", "import", "i", source)["size_bytes"], 10000)
+        self.assertEqual(s.json("volume", "clone", "i", "v")["clones"], 1)
+        self.assertEqual(s.json("snapshot", "create", "v", "s")["name"], "v@s")
+        self.assertEqual(s.json("volume", "info", "v")["parent"], "i")
+        stats = s.json("stats")
+        for key in ("logical_bytes", "unique_bytes", "stored_bytes", "appended_bytes", "dedup_ratio",
+                    "chunks", "index_bytes", "volumes", "images", "snapshots"):
+            self.assertIn(key, stats)
+        self.assertEqual((stats["volumes"], stats["images"], stats["snapshots"]), (1, 1, 1))
+        status = s.json("status")
+        self.assertEqual((status["daemon"], status["read_only"]), (False, False))
+        self.assertEqual(s.json("image", "export", "i", "out.raw")["size_bytes"], 10000)
+        self.assertEqual(s.json("attachments"), [])
+        self.assertEqual(s.json("volume", "diff", "i", "v")["differing_bytes"], 0)
+        self.assertEqual(s.json("volume", "rm", "v"), {"removed": ["v"]})
+        self.assertEqual(s.json("image", "rm", "i"), {"removed": ["i"]})
+
+    def test_dump_prints_each_file_and_says_what_is_damaged(self):
+        source = self.s.folder / "x.raw"
+        source.write_bytes(random.Random(3).randbytes(100_000))
+        self.s.ok("image", "import", "i", source)
+        self.assertIn("superblock", self.s.ok("dump", self.s.path / "superblock").out.lower())
+        segment = sorted((self.s.path / "segments").iterdir())[0]
+        whole = self.s.ok("dump", segment).out
+        self.assertIn("batch", whole)
+        answer = self.s.json("dump", segment)
+        self.assertEqual(answer["damages"], 0)
+        self.assertEqual(answer["lines"], whole.splitlines())
+        damaged = self.s.folder / "damaged.seg"
+        content = bytearray(segment.read_bytes())
+        content[len(content) // 2] ^= 1
+        damaged.write_bytes(content)
+        done = self.s.run("dump", damaged)
+        self.assertEqual(done.code, EXIT["corrupt"])
+        self.assertIn("batch", done.out)
+        self.assertIn("damaged", done.err)
+        self.assertEqual(self.s.run("dump", source).code, EXIT["unsupported"])
+
+
+class Completion(TestCase):
+    def test_scripts_are_the_committed_ones_and_parse(self):
+        for shell, name in (("bash", "stellarctl.bash"), ("zsh", "_stellarctl"),
+                            ("fish", "stellarctl.fish")):
+            script = subprocess.run([CTL, "completion", shell], capture_output=True, text=True,
+                                    check=True).stdout
+            committed = SOURCE_ROOT / "packaging/completions" / name
+            self.assertEqual(script, committed.read_text(),
+                             f"run: stellarctl completion {shell} > packaging/completions/{name}")
+            try:
+                subprocess.run([shell, "-n", str(committed)], check=True, capture_output=True)
+            except FileNotFoundError:
+                continue  # The shell is not installed.
+
+    def test_candidates(self):
+        s = self.store()
+        s.ok("volume", "create", "web-1", "--size", "4K")
+        s.ok("volume", "create", "web-2", "--size", "4K")
+        s.ok("snapshot", "create", "web-1", "before")
+        for words, expected in [
+            (["vol"], ["volume"]), (["volume", "c"], ["clone", "create"]),
+            (["volume", "info", "web-"], ["web-1", "web-2"]),
+            (["snapshot", "rollback", "web-1", ""], ["before"]),
+            (["volume", "clone", "web-1@"], ["web-1@before"]),
+            (["volume", "create", "--si"], ["--size"]), (["completion", "z"], ["zsh"]),
+            (["image", "import", "x", ""], [":files"]), (["nonsense", "x", ""], []),
+            (["--store", str(s.path), "volume", "rm", "web-2"], ["web-2"]),
+        ]:
+            with self.subTest(words=words):
+                self.assertEqual(s.ok("__complete", *words).out.splitlines(), expected)
+        self.assertIn("snapshot", s.ok("__complete", "").out.splitlines())
+        # No store, no names, no error.
+        self.assertEqual(s.run("__complete", "--store", "/nonexistent", "volume", "rm", "").out, "")
+
+    def test_in_bash(self):
+        s = self.store()
+        s.ok("volume", "create", "web-1", "--size", "4K")
+        script = (f'PATH={Path(CTL).parent}:$PATH; source <(stellarctl completion bash); '
+                  'COMP_WORDS=(stellarctl volume info we); COMP_CWORD=3; _stellarctl; '
+                  'echo "${COMPREPLY[@]}"')
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True,
+                              env=s.environment)
+        self.assertEqual(done.stdout, "web-1\n", done.stderr)
+
+
+class Holding(TestCase):
+    """Who may have the store when."""
+
+    def test_held_by_another_command(self):
+        s = self.store()
+        holder = s.start("image", "import", "x", "-", stdin=subprocess.PIPE)
+        self.addCleanup(holder.wait)
+        self.addCleanup(holder.kill)
+        holder.stdin.write(b"some bytes")
+        holder.stdin.flush()
+        s.wait_until_held_by(holder)
+        self.assert_fails(s.run("stats"), "busy", str(holder.pid))
+        self.assert_fails(s.run("volume", "ls"), "busy", str(holder.pid))
+        _, stderr = holder.communicate(timeout=TIMEOUT_S)
+        self.assertEqual(holder.returncode, 0, stderr)
+        self.assertEqual(s.json("image", "info", "x")["size_bytes"], 10)
+
+    def test_a_second_daemon_is_refused(self):
+        s = self.store(daemon=True)
+        second = subprocess.run([DAEMON, "--runtime-dir", str(s.runtime / "other")],
+                                capture_output=True, text=True, env=s.environment,
+                                timeout=TIMEOUT_S, check=False)
+        self.assertEqual(second.returncode, EXIT["busy"], second.stderr)
+        self.assertIn(str(s.daemon.pid), second.stderr)
+        s.ok("stats")
+
+    def test_found_wherever_its_socket_is(self):
+        s = self.store()
+        elsewhere = s.runtime / "my.sock"
+        s.start_daemon("--socket", elsewhere, "--runtime-dir", s.runtime / "elsewhere")
+        self.assertEqual(s.control_socket(), str(elsewhere))
+        self.assertEqual(stat.S_IMODE(os.stat(elsewhere).st_mode), 0o600)
+        # By the socket alone, from an environment that knows no store.
+        environment = {key: value for key, value in s.environment.items()
+                       if key != "STELLARIUM_STORE"} | {"STELLARIUM_SOCKET": str(elsewhere)}
+        self.assertTrue(s.json("status", env=environment)["daemon"])
+        self.assertTrue(s.json("status", "--socket", elsewhere)["daemon"])
+        self.assert_fails(s.run("stats", "--socket", elsewhere, "--store", s.folder),
+                          "invalid_argument", "serves")
+        s.stop_daemon()
+        self.assertFalse(elsewhere.exists())
+        self.assertFalse(s.json("status")["daemon"])
+
+    def test_a_killed_daemon_leaves_the_store_usable(self):
+        s = self.store(daemon=True)
+        s.ok("volume", "create", "a", "--size", "1MiB")
+        s.kill_daemon()
+        self.assertEqual([v["name"] for v in s.json("volume", "ls")], ["a"])
+        s.start_daemon()
+        self.assertEqual([v["name"] for v in s.json("volume", "ls")], ["a"])
+
+    def test_without_root(self):
+        if os.geteuid() != 0:
+            return  # All the other tests ran without root.
+        with tempfile.TemporaryDirectory(prefix="stl-user-") as home:
+            os.chown(home, 65534, 65534)
+            environment = {"HOME": home, "PATH": os.environ["PATH"],
+                           "STELLARIUM_RUNTIME_DIR": f"{home}/run"}
+            def ctl(*words):
+                return subprocess.run([CTL, *words], env=environment, user=65534, group=65534,
+                                      extra_groups=[], capture_output=True, text=True, cwd=home,
+                                      timeout=TIMEOUT_S, check=False)
+            done = ctl("init")
+            if done.returncode == 126 or "Permission denied" in done.stderr and CTL in done.stderr:
+                self.skipTest("the programs are in a folder that other users may not enter")
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertEqual(ctl("volume", "create", "v", "--size", "1MiB").returncode, 0)
+            self.assertTrue(Path(home, ".local/share/stellarium/superblock").exists())
+            # Root does not spoil another user's store.
+            done = subprocess.run([CTL, "--store", f"{home}/.local/share/stellarium", "volume", "ls"],
+                                  env=environment, capture_output=True, text=True, check=False)
+            self.assertEqual(done.returncode, EXIT["permission_denied"], done.stderr)
+
+    def test_clones_are_durable_and_small(self):
+        s = self.store()
+        with open(s.folder / "x.raw", "wb") as file:
+            file.write(random.Random(5).randbytes(4 << 20))
+            file.truncate(1 << 30)
+        s.ok("image", "import", "base", s.folder / "x.raw")
+        s.start_daemon()
+        before, used_before = s.json("stats"), s.disk_bytes()
+        s.ok("volume", "clone", "base", "vm-{n}", "--count", "1000")
+        s.kill_daemon()
+        self.assertEqual({v["name"] for v in s.json("volume", "ls")},
+                         {f"vm-{n}" for n in range(1, 1001)})
+        used_after = s.disk_bytes()
+        after = s.json("stats")
+        self.assertLessEqual(after["appended_bytes"] - before["appended_bytes"], 256 << 10)
+        self.assertLessEqual(used_after - used_before, 256 << 10)
+        # The same directly, and all or none.
+        s.ok("volume", "clone", "base", "dm-{n}", "--count", "1000")
+        self.assertLessEqual(s.disk_bytes() - used_after, 256 << 10)
+        s.ok("volume", "create", "e-500", "--size", "4K")
+        self.assert_fails(s.run("volume", "clone", "base", "e-{n}", "--count", "1000"),
+                          "already_exists", "e-500")
+        self.assertEqual(s.json("stats")["volumes"], 2001)
+
+
+class Attach(TestCase):
+    def test_sockets_links_and_restarts(self):
+        s = self.store(daemon=True)
+        s.ok("volume", "create", "v", "--size", "1MiB")
+        s.ok("volume", "create", "w", "--size", "1MiB")
+        link = s.folder / "v.sock"
+        attached = s.json("attach", "v", "--vhost-user", "v.sock", "--queues", "4", "--serial", "S-1",
+                          "--block-size", "4096")
+        self.assertEqual(attached["link"], str(link))
+        self.assertEqual(os.readlink(link), attached["socket"])
+        self.assertTrue(stat.S_ISSOCK(os.stat(link).st_mode))
+        with socket.socket(socket.AF_UNIX) as guest:
+            guest.connect(str(link))
+        self.assert_fails(s.run("attach", "v", "--vhost-user", "other.sock"), "busy", "attached")
+        self.assert_fails(s.run("attach", "w", "--vhost-user", "v.sock"), "already_exists", "v.sock")
+        self.assert_fails(s.run("attach", "w", "--vhost-user", "no/such/folder/w.sock"), "not_found")
+        self.assertEqual([a["source"] for a in s.json("attachments")], ["v"])
+        self.assert_fails(s.run("attach", "w", "--vhost-user", "x" * 200), "invalid_argument", "107")
+        self.assert_fails(s.run("attach", "w", "--vhost-user", "w.sock", "--queues", "65"),
+                          "invalid_argument", "queues")
+        self.assert_fails(s.run("attach", "w", "--vhost-user", "w.sock", "--block-size", "1024"),
+                          "invalid_argument", "block_size")
+        self.assert_fails(s.run("volume", "rm", "v"), "busy", "attached")
+        self.assert_fails(s.run("volume", "rm", "w", "v"), "busy", "attached")
+        self.assertEqual(len(s.json("volume", "ls")), 2)
+        # A rename does not disturb it; a restart, clean or not, brings it back.
+        s.ok("volume", "rename", "v", "renamed")
+        for stop in (s.stop_daemon, s.kill_daemon):
+            stop()
+            offline = s.json("attachments")
+            self.assertEqual([(a["source"], a["state"]) for a in offline], [("renamed", "offline")])
+            s.start_daemon()
+            back = s.json("attachments")[0]
+            self.assertEqual((back["source"], back["state"], back["queues"], back["serial"],
+                              back["block_size"], back["socket"]),
+                             ("renamed", "listening", 4, "S-1", 4096, attached["socket"]))
+            with socket.socket(socket.AF_UNIX) as guest:
+                guest.connect(str(link))
+        s.ok("detach", "renamed")
+        self.assertFalse(os.path.lexists(link))
+        self.assertFalse(os.path.exists(attached["socket"]))
+        s.ok("volume", "rm", "renamed")
+
+    def test_images_and_snapshots_read_only(self):
+        s = self.store(daemon=True)
+        source = s.folder / "x.raw"
+        source.write_bytes(b"x" * 10000)
+        s.ok("image", "import", "i", source)
+        s.ok("volume", "clone", "i", "v")
+        s.ok("snapshot", "create", "v", "s")
+        for name in ("i", "v@s"):
+            self.assert_fails(s.run("attach", name, "--vhost-user", "x.sock"), "read_only", "clone")
+            self.assertTrue(s.json("attach", name, "--vhost-user", "x.sock", "--read-only")["read_only"])
+            s.ok("detach", name)
+
+    def test_without_a_daemon_it_can_be_removed(self):
+        s = self.store(daemon=True)
+        s.ok("volume", "create", "v", "--size", "1MiB")
+        s.ok("attach", "v", "--vhost-user", "v.sock")
+        s.stop_daemon()
+        self.assertTrue(os.path.islink(s.folder / "v.sock"))
+        s.ok("detach", "v")
+        self.assertFalse(os.path.lexists(s.folder / "v.sock"))
+        self.assertEqual(s.json("attachments"), [])
+        s.ok("volume", "rm", "v")
+
+    def test_a_link_of_somebody_else_stays(self):
+        s = self.store(daemon=True)
+        s.ok("volume", "create", "v", "--size", "1MiB")
+        s.ok("attach", "v", "--vhost-user", "v.sock")
+        os.unlink(s.folder / "v.sock")
+        (s.folder / "v.sock").write_text("mine")
+        s.ok("detach", "v")
+        self.assertEqual((s.folder / "v.sock").read_text(), "mine")
+
+
+class Daemon(TestCase):
+    def daemon(self, s, *words):
+        return subprocess.run([DAEMON, *map(str, words)], capture_output=True, text=True,
+                              env=s.environment, timeout=TIMEOUT_S, check=False)
+
+    def test_all_faults_of_a_config_at_once(self):
+        s = self.store(make=False)
+        config = s.folder / "config.json"
+        config.write_text(json.dumps({"memory": "1KiB", "log_level": "loud", "metrics_lisen": "x",
+                                      "threads": -1, "store": 7}))
+        done = self.daemon(s, "--config", config, "--metrics-listen", "nowhere", "--socket", "x" * 200)
+        self.assertEqual(done.returncode, 2)
+        for text in ("'memory' is 1.00 KiB", "'log_level' is 'loud'",
+                     "'metrics_lisen' is not a known key; did you mean 'metrics_listen'?",
+                     "'threads' must be", "'store' must be text", "'nowhere' is not an address",
+                     "'socket' is"):
+            self.assertIn(text, done.stderr)
+        self.assertFalse(s.path.exists())
+        config.write_text("{")
+        self.assertEqual(self.daemon(s, "--config", config).returncode, 2)
+        self.assertEqual(self.daemon(s, "--config", s.folder / "none").returncode, 2)
+        self.assertEqual(self.daemon(s, "--frob").returncode, 2)
+        config.write_text(json.dumps({"memory": "1GiB", "log_format": "json"}))
+        self.assertEqual(self.daemon(s, "--config", config, "--check-config").returncode, 0)
+
+    def test_manual_knows_all_options(self):
+        manual = (SOURCE_ROOT / "docs/man/stellariumd.8").read_text().replace("\\-", "-")
+        text = self.daemon(self.store(make=False), "--help").stdout
+        for option in set(re.findall(r"^  (?:-h,)?(--[a-z-]+)", text, re.MULTILINE)):
+            self.assertIn(option, manual)
+
+    def test_no_store(self):
+        s = self.store(make=False)
+        done = self.daemon(s)
+        self.assertEqual(done.returncode, EXIT["not_found"], done.stderr)
+        self.assertIn("init", done.stderr)
+
+    def test_log_is_structured(self):
+        s = self.store()
+        s.start_daemon("--log-format", "json", "--log-level", "debug")
+        s.ok("volume", "create", "v", "--size", "1MiB")
+        s.run("volume", "info", 'a" level=error event="x')
+        s.stop_daemon()
+        lines = [json.loads(line) for line in s.log.read_text().splitlines()]
+        self.assertEqual([line["event"] for line in lines][-1], "stopped")
+        self.assertIn("ready", [line["event"] for line in lines])
+        for line in lines:
+            self.assertRegex(line["ts"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$")
+            self.assertIn(line["level"], ("debug", "info", "warning"))
+
+    def test_metrics_on_both_sockets(self):
+        s = self.store()
+        s.start_daemon("--metrics-listen", "127.0.0.1:0")
+        port = int(re.search(r"event=metrics .*port=(\d+)", s.log.read_text()).group(1))
+        s.ok("volume", "create", "v", "--size", "1MiB")
+        s.ok("attach", "v", "--vhost-user", "v.sock")
+        def get(connection, target):
+            connection.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            answer = b""
+            while piece := connection.recv(65536):
+                answer += piece
+            return answer.decode()
+        def on_tcp(target):
+            with socket.create_connection(("127.0.0.1", port), TIMEOUT_S) as connection:
+                return get(connection, target)
+        with socket.socket(socket.AF_UNIX) as control:
+            control.connect(s.control_socket())
+            unix_page = get(control, "/metrics")
+        for page in (on_tcp("/metrics"), unix_page):
+            self.assertTrue(page.startswith("HTTP/1.1 200"), page[:100])
+            self.assertIn("text/plain; version=0.0.4", page)
+            for line in ("stellarium_volumes 1", "stellarium_attachments 1",
+                         'stellarium_device_connected{volume="v"} 0',
+                         'stellarium_device_request_seconds_count{volume="v",request="write"} 0'):
+                self.assertIn(line, page)
+        # The TCP port tells nothing else and changes nothing.
+        self.assertTrue(on_tcp("/v1/volumes").startswith("HTTP/1.1 404"))
+
+    def test_long_imports_delay_nobody_and_end_with_the_daemon(self):
+        s = self.store(daemon=True)
+        importers = [s.start("image", "import", f"slow-{i}", "-", stdin=subprocess.PIPE)
+                     for i in range(6)]
+        for importer in importers:
+            importer.stdin.write(random.Random(1).randbytes(2 << 20))
+            importer.stdin.flush()
+        with socket.socket(socket.AF_UNIX):
+            for _ in range(TIMEOUT_S * 10):
+                if s.ok("volume", "ls") and self.running_imports(s) == 6:
+                    break
+        self.assertEqual(self.running_imports(s), 6)
+        s.ok("volume", "create", "v", "--size", "1MiB")
+        self.assert_fails(s.run("image", "import", "slow-1", "-", data=b"x"), "busy", "slow-1")
+        s.stop_daemon()
+        for importer in importers:
+            _, stderr = importer.communicate(timeout=TIMEOUT_S)
+            self.assertIn(importer.returncode, (EXIT["unavailable"], EXIT["cancelled"]), stderr)
+        self.assertEqual(s.json("image", "ls"), [])
+        self.assertEqual(len(s.json("volume", "ls")), 1)
+
+    @staticmethod
+    def running_imports(s):
+        with socket.socket(socket.AF_UNIX) as control:
+            control.connect(s.control_socket())
+            control.sendall(b"GET /v1/imports HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            answer = b""
+            while piece := control.recv(65536):
+                answer += piece
+        return len(json.loads(answer.split(b"\r\n\r\n", 1)[1]))
+
+    def test_an_interrupted_import_leaves_nothing(self):
+        for daemon in (False, True):
+            s = self.store(daemon=daemon)
+            importer = s.start("image", "import", "x", "-", stdin=subprocess.PIPE)
+            importer.stdin.write(random.Random(1).randbytes(3 << 20))
+            importer.stdin.flush()
+            if daemon:
+                for _ in range(TIMEOUT_S * 10):
+                    if self.running_imports(s) == 1:
+                        break
+            else:
+                s.wait_until_held_by(importer)
+            importer.send_signal(signal.SIGINT)
+            importer.stdin.close()
+            importer.stdin = None
+            _, stderr = importer.communicate(timeout=TIMEOUT_S)
+            self.assertEqual(importer.returncode, EXIT["cancelled"], stderr)
+            self.assertEqual(s.json("image", "ls"), [])
+            s.ok("image", "import", "x", "-", data=b"y" * 5000)
+
+    def test_hostile_requests_harm_nobody(self):
+        s = self.store(daemon=True)
+        path = s.control_socket()
+        def send(data, wait=True):
+            with socket.socket(socket.AF_UNIX) as control:
+                control.settimeout(TIMEOUT_S)
+                control.connect(path)
+                answer = b""
+                try:
+                    try:
+                        control.sendall(data)
+                        control.shutdown(socket.SHUT_WR)
+                    except BrokenPipeError:
+                        pass  # The answer came before the end of the request.
+                    if wait:
+                        while piece := control.recv(65536):
+                            answer += piece
+                except ConnectionResetError:
+                    pass
+                return answer
+        head = b"Host: x\r\n"
+        self.assertIn(b" 400 ", send(b"nonsense\r\n\r\n"))
+        self.assertIn(b" 413 ", send(b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n"))
+        self.assertIn(b" 413 ", send(b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 100_000))
+        self.assertIn(b" 413 ", send(b"POST /v1/volumes HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n"))
+        self.assertIn(b" 400 ", send(b"POST /v1/volumes HTTP/1.1\r\nContent-Length: -1\r\n\r\n"))
+        self.assertIn(b" 400 ", send(b"POST /v1/volumes HTTP/1.1\r\n" + head +
+                                     b"Content-Length: 4\r\n\r\n{{{{"))
+        self.assertIn(b" 400 ", send(b"PUT /v1/images/x HTTP/1.1\r\n" + head +
+                                     b"Content-Length: 5\r\n\r\nhello"))
+        self.assertIn(b" 400 ", send(b"PUT /v1/images/x HTTP/1.1\r\n" + head +
+                                     b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"))
+        self.assertIn(b" 404 ", send(b"GET /../../etc/passwd HTTP/1.1\r\n" + head + b"\r\n"))
+        rng = random.Random(11)
+        for _ in range(200):
+            send(rng.randbytes(rng.randrange(1, 2000)), wait=rng.random() < 0.5)
+        # Many that connect and say nothing.
+        silent = [socket.socket(socket.AF_UNIX) for _ in range(100)]
+        for each in silent:
+            each.connect(path)
+        s.ok("stats")
+        for each in silent:
+            each.close()
+        self.assertEqual(s.json("image", "ls"), [])
+        s.stop_daemon()
+
+    def test_many_at_once(self):
+        s = self.store(daemon=True)
+        failures = []
+        def work(n):
+            for i in range(5):
+                done = s.run("volume", "create", f"v-{n}-{i}", "--size", "1MiB")
+                if done.code != 0:
+                    failures.append(done.err)
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(failures, [])
+        self.assertEqual(len(s.json("volume", "ls")), 40)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=0, warnings="ignore")
