@@ -29,6 +29,9 @@ using UnixSocket = asio::local::stream_protocol::socket;
 /// Not boost::none: Beast 1.74 takes every length to be above a limit that is not there.
 constexpr uint64_t kNoBodyLimit = std::numeric_limits<uint64_t>::max();
 
+/// The most that Beast reads at once.
+constexpr size_t kReadBytes = 65536;
+
 /// A list of 100,000 volumes is some 30 MB.
 constexpr uint64_t kMaxAnswerBytes = uint64_t{1} << 30;
 
@@ -45,6 +48,9 @@ Error transport_error(const boost::system::error_code& code, std::string_view wh
 }
 
 struct Connection {
+    /// Beast reads as much as the buffer has room for, which would be 512 bytes at first.
+    Connection() { buffer.reserve(kReadBytes); }
+
     asio::io_context context{1};
     UnixSocket socket{context};
     beast::flat_buffer buffer{size_t{2} << 20};

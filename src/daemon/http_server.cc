@@ -53,6 +53,8 @@ using Stream = beast::basic_stream<Protocol, asio::io_context::executor_type>;
 constexpr uint32_t kMaxHeaderBytes = 16 * 1024;
 /// Not boost::none: Beast 1.74 takes every length to be above a limit that is not there.
 constexpr uint64_t kNoBodyLimit = std::numeric_limits<uint64_t>::max();
+/// The most that Beast reads at once.
+constexpr size_t kReadBytes = 65536;
 constexpr size_t kBufferBytes = size_t{1} << 20;
 constexpr std::chrono::milliseconds kAcceptRetry{100};
 
@@ -125,7 +127,10 @@ struct HttpServer::Impl::Listener : std::enable_shared_from_this<Listener> {
 class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
   public:
     Session(std::shared_ptr<Impl> server, RequestHandler& handler, Stream::socket_type socket)
-        : server_(std::move(server)), handler_(handler), stream_(std::move(socket)) {}
+        : server_(std::move(server)), handler_(handler), stream_(std::move(socket)) {
+        // Beast reads as much as the buffer has room for, which would be 512 bytes at first.
+        buffer_.reserve(kReadBytes);
+    }
 
     ~Session() = default;
     Session(const Session&) = delete;
