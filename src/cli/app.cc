@@ -307,6 +307,7 @@ std::string unknown_command(CLI::App& app, std::span<const std::string> words) {
         CLI::App* const next = find_command(*at, word);
         if (next == nullptr) {
             std::vector<std::string> names;
+            names.reserve(below.size());
             for (const CLI::App* command : below) {
                 names.push_back(command->get_name());
             }

@@ -17,6 +17,7 @@ void Table::add(std::vector<std::string> cells) {
 
 std::string Table::text() const {
     std::vector<size_t> widths;
+    widths.reserve(columns_.size());
     for (const Column& column : columns_) {
         widths.push_back(column.title.size());
     }

@@ -130,6 +130,7 @@ Result<std::string> run_tool(const std::vector<std::string>& arguments,
     STELLARIUM_TRY(out.open());
     STELLARIUM_TRY(err.open());
     std::vector<char*> argv;
+    argv.reserve(arguments.size() + 1);
     for (const std::string& argument : arguments) {
         argv.push_back(const_cast<char*>(argument.c_str()));
     }

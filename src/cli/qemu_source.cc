@@ -110,6 +110,7 @@ class QemuSource final : public control::SparseSource {
                                          "--image-opts",
                                          std::move(options)};
         std::vector<char*> argv;
+        argv.reserve(words.size() + 1);
         for (std::string& word : words) {
             argv.push_back(word.data());
         }

@@ -72,8 +72,8 @@ Result<Json> ControlClient::upload(std::string target, SparseSource& source) {
     RecordingSource recorded(source);
     Result<Json> answer = json_of(
         exchange({.method = "PUT", .target = std::move(target), .body = {}, .upload = &recorded}));
-    if (recorded.error()) {
-        return std::unexpected(*recorded.error());
+    if (const std::optional<Error>& error = recorded.error()) {
+        return std::unexpected(*error);
     }
     return answer;
 }

@@ -52,7 +52,7 @@ std::string record_path(const std::string& store_directory) {
 }
 
 /// A record is a few hundred bytes.
-constexpr uint64_t kMaxRecordBytes = 64 * 1024;
+constexpr uint64_t kMaxRecordBytes = uint64_t{64} << 10;
 
 }  // namespace
 

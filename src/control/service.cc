@@ -727,6 +727,7 @@ ControlService::~ControlService() = default;
 std::span<const RouteInfo> ControlService::routes() {
     static const std::vector<RouteInfo> kRoutes = [] {
         std::vector<RouteInfo> routes;
+        routes.reserve(Impl::kRows.size());
         for (const Impl::Row& row : Impl::kRows) {
             routes.push_back(row.info);
         }

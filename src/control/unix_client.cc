@@ -64,7 +64,7 @@ Result<std::unique_ptr<Connection>> open_connection(const std::string& path) {
         return fail(ErrorCode::kInvalidArgument,
                     fmt::format("{}: a socket's path has at most 107 bytes", what));
     }
-    connection->socket.connect(asio::local::stream_protocol::endpoint(path), code);
+    code = connection->socket.connect(asio::local::stream_protocol::endpoint(path), code);
     if (!code) {
         return connection;
     }

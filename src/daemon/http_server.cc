@@ -116,8 +116,8 @@ struct HttpServer::Impl::Listener : std::enable_shared_from_this<Listener> {
     void accept();
     void close() {
         ErrorCodeOfBoost ignored;
-        acceptor.close(ignored);
-        retry.cancel(ignored);
+        ignored = acceptor.close(ignored);
+        retry.cancel();
         if (!socket_path.empty()) {
             unlink(socket_path.c_str());
         }
@@ -141,7 +141,7 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
         if (server_->stopping) {
             return close();
         }
-        head_.emplace();
+        head_ = std::make_unique<http::request_parser<http::empty_body>>();
         head_->header_limit(kMaxHeaderBytes);
         head_->body_limit(kNoBodyLimit);
         stream_.expires_after(server_->options.header_timeout);
@@ -163,7 +163,7 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
 
     void close_socket() {
         ErrorCodeOfBoost ignored;
-        stream_.socket().close(ignored);
+        ignored = stream_.socket().close(ignored);
     }
 
     /// Called where nothing is outstanding any more.
@@ -192,7 +192,7 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
             length && *length > control::kMaxJsonBytes) {
             return on_read_error(http::error::body_limit);
         }
-        body_.emplace(std::move(*head_));
+        body_ = std::make_unique<http::request_parser<http::string_body>>(std::move(*head_));
         body_->body_limit(control::kMaxJsonBytes);
         if (expects_continue_ && !body_->is_done()) {
             return send_continue([self = shared_from_this()](ErrorCodeOfBoost failed) {
@@ -215,13 +215,13 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
     }
 
     template <typename Done>
-    void send_continue(Done done) {
+    void send_continue(const Done& done) {
         expects_continue_ = false;
         const auto message =
             std::make_shared<http::response<http::empty_body>>(http::status::continue_, 11);
         stream_.expires_after(server_->options.header_timeout);
         http::async_write(stream_, *message,
-                          [self = shared_from_this(), message, done](
+                          [self = shared_from_this(), message, done = done](
                               ErrorCodeOfBoost code, size_t) mutable { done(code); });
     }
 
@@ -286,16 +286,14 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
     }
 
     /// The end of a stream: on its thread, with the answer still to be sent if there is one.
-    void finish_stream(std::optional<Response> response) {
-        asio::post(server_->io,
-                   [self = shared_from_this(),
-                    shared = std::make_shared<std::optional<Response>>(std::move(response))] {
-                       --self->server_->running_streams;
-                       if (!*shared) {
-                           return self->close();
-                       }
-                       self->answer(std::move(**shared));
-                   });
+    void finish_stream(std::shared_ptr<Response> response) {
+        asio::post(server_->io, [self = shared_from_this(), response = std::move(response)] {
+            --self->server_->running_streams;
+            if (!response) {
+                return self->close();
+            }
+            self->answer(std::move(*response));
+        });
     }
 
     /// Starts one socket operation on the I/O thread and waits for it on a stream's thread.
@@ -347,15 +345,15 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
                 asio::async_write(stream_, http::make_chunk_last(), std::move(done));
             });
         }
-        finish_stream(std::nullopt);
+        finish_stream(nullptr);
     }
 
     std::shared_ptr<Impl> server_;
     RequestHandler& handler_;
     Stream stream_;
     beast::flat_buffer buffer_{kBufferBytes};
-    std::optional<http::request_parser<http::empty_body>> head_;
-    std::optional<http::request_parser<http::string_body>> body_;
+    std::unique_ptr<http::request_parser<http::empty_body>> head_;
+    std::unique_ptr<http::request_parser<http::string_body>> body_;
     Request request_;
     Activity activity_ = Activity::kIdle;
     bool keep_alive_ = false;
@@ -372,8 +370,9 @@ class HttpServer::Impl::Session::UploadBody final : public control::ByteSource {
 
     Result<size_t> read_some(MutableBytes into) override {
         if (session_.expects_continue_) {
-            const ErrorCodeOfBoost code = session_.wait([&](auto done) {
-                session_.send_continue([done](ErrorCodeOfBoost failed) mutable { done(failed); });
+            const ErrorCodeOfBoost code = session_.wait([&](const auto& done) {
+                session_.send_continue(
+                    [done = done](ErrorCodeOfBoost failed) mutable { done(failed); });
             });
             if (code) {
                 return std::unexpected(session_.stream_error(code, "upload"));
@@ -413,7 +412,7 @@ void HttpServer::Impl::Session::run_upload() {
         response = handler_.handle(request_);
         request_.upload = nullptr;
     }
-    finish_stream(std::move(response));
+    finish_stream(std::make_shared<Response>(std::move(response)));
 }
 
 void HttpServer::Impl::session_closed(Session* session) {
@@ -488,7 +487,7 @@ Result<void> clear_stale_socket(const std::string& path) {
     asio::io_context context;
     asio::local::stream_protocol::socket probe(context);
     ErrorCodeOfBoost code;
-    probe.connect(asio::local::stream_protocol::endpoint(path), code);
+    code = probe.connect(asio::local::stream_protocol::endpoint(path), code);
     if (!code) {
         return fail(ErrorCode::kBusy,
                     fmt::format("control socket {}: another process answers there", path));
@@ -513,9 +512,9 @@ Result<void> HttpServer::listen_unix(const std::string& path, const UnixListenOp
     const auto listener = std::make_shared<Impl::Listener>(impl_, handler);
     ErrorCodeOfBoost code;
     const asio::local::stream_protocol::endpoint endpoint(path);
-    listener->acceptor.open(Protocol(AF_UNIX, 0), code);
+    code = listener->acceptor.open(Protocol(AF_UNIX, 0), code);
     if (!code) {
-        listener->acceptor.bind(Protocol::endpoint(endpoint), code);
+        code = listener->acceptor.bind(Protocol::endpoint(endpoint), code);
     }
     if (code) {
         return std::unexpected(Error::from_errno(code.value(), what));
@@ -532,7 +531,7 @@ Result<void> HttpServer::listen_unix(const std::string& path, const UnixListenOp
         listener->close();
         return std::unexpected(Error::from_errno(failed, "set the mode of " + what));
     }
-    listener->acceptor.listen(asio::socket_base::max_listen_connections, code);
+    code = listener->acceptor.listen(asio::socket_base::max_listen_connections, code);
     if (code) {
         listener->close();
         return std::unexpected(Error::from_errno(code.value(), what));
@@ -577,15 +576,15 @@ Result<uint16_t> HttpServer::listen_tcp(const std::string& address, RequestHandl
     }
     const asio::ip::tcp::endpoint endpoint(ip, host_port.second);
     const auto listener = std::make_shared<Impl::Listener>(impl_, handler);
-    listener->acceptor.open(Protocol(endpoint.protocol().family(), IPPROTO_TCP), code);
+    code = listener->acceptor.open(Protocol(endpoint.protocol().family(), IPPROTO_TCP), code);
     if (!code) {
-        listener->acceptor.set_option(asio::socket_base::reuse_address(true), code);
+        code = listener->acceptor.set_option(asio::socket_base::reuse_address(true), code);
     }
     if (!code) {
-        listener->acceptor.bind(Protocol::endpoint(endpoint), code);
+        code = listener->acceptor.bind(Protocol::endpoint(endpoint), code);
     }
     if (!code) {
-        listener->acceptor.listen(asio::socket_base::max_listen_connections, code);
+        code = listener->acceptor.listen(asio::socket_base::max_listen_connections, code);
     }
     if (code) {
         return std::unexpected(Error::from_errno(code.value(), "listen on " + address));

@@ -114,6 +114,7 @@ void add_pool(Page& page, const nova::PoolStats& stats) {
 void add_devices(Page& page, const VhostHost& host) {
     const std::vector<vhost::AttachmentStatus> devices = host.device_status();
     std::vector<std::string> sources;
+    sources.reserve(devices.size());
     for (const vhost::AttachmentStatus& device : devices) {
         sources.push_back(host.source_of(device.name));
     }

@@ -124,7 +124,16 @@ Result<void> VhostHost::serve(uint64_t id, std::string_view source, Entry& entry
     options.block_size_bytes = entry.options.block_size_bytes;
     options.read_only = entry.options.read_only;
     options.serial = entry.options.serial;
-    STELLARIUM_TRY(server_->attach(device_name(id), device, options));
+    // The server's threads may hold a device a moment longer than detach() takes, and the volume is
+    // open as long as they do. This handle tells when the last of them let go.
+    const auto released = std::make_shared<std::promise<void>>();
+    entry.released = released->get_future().share();
+    const std::shared_ptr<BlockDevice> lent(device.get(),
+                                            [inner = device, released](BlockDevice*) mutable {
+                                                inner.reset();
+                                                released->set_value();
+                                            });
+    STELLARIUM_TRY(server_->attach(device_name(id), lent, options));
     if (options_.socket_gid &&
         (chown(entry.socket.c_str(), static_cast<uid_t>(-1), *options_.socket_gid) != 0 ||
          chmod(entry.socket.c_str(), 0660) != 0)) {
@@ -184,6 +193,8 @@ Result<AttachmentStatus> VhostHost::attach(std::string_view source,
             if (const auto undone = server_->detach(device_name(id)); !undone) {
                 log_.error("detach failed", {{"source", std::string(source)},
                                              {"message", undone.error().message()}});
+            } else {
+                entry.released.wait();
             }
             entry.device.reset();
         }
@@ -205,7 +216,7 @@ Result<AttachmentStatus> VhostHost::detach(std::string_view source) {
         const std::scoped_lock lock(mutex_);
         entry = entries_[id];
     }
-    const AttachmentStatus status = status_of(id, std::string(source), entry);
+    AttachmentStatus status = status_of(id, std::string(source), entry);
     const auto undo = [&](const Error& error) {
         entry.failure = error.message();
         release(id, std::move(entry));
@@ -216,6 +227,7 @@ Result<AttachmentStatus> VhostHost::detach(std::string_view source) {
             if (const Result<void> detached = server_->detach(device_name(id)); !detached) {
                 return undo(detached.error());
             }
+            entry.released.wait();
         }
         if (const Result<void> flushed = flush(*entry.device); !flushed) {
             return undo(flushed.error().with_context(

@@ -12,6 +12,7 @@
 // Thread rule: any thread, except start() and stop().
 #pragma once
 
+#include <future>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -59,6 +60,7 @@ class VhostHost final : public control::AttachmentHost {
         std::string socket;
         control::AttachmentOptions options;
         std::shared_ptr<BlockDevice> device;
+        std::shared_future<void> released;  ///< Ready when the server holds the device no more.
         std::string failure;    ///< Why it is not served; "" when it is.
         bool changing = false;  ///< An attach or detach of it is running.
     };
