@@ -32,6 +32,8 @@ PROBES = {
     "working-kvm": lambda: False,
     "fuse": lambda: can_open("/dev/fuse"),
     "root": lambda: os.geteuid() == 0,
+    "huge-pages": lambda: int(re.search(r"HugePages_Free:\s+(\d+)",
+                                        Path("/proc/meminfo").read_text())[1]) >= 4,
 }
 
 GTEST_SKIP = re.compile(r"^(.*): Skipped\s*$\n(.*)$", re.MULTILINE)

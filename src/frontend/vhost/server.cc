@@ -229,7 +229,7 @@ void VhostServer::shutdown() {
     }
     for (const std::string& name : names) {
         // Already gone when someone else detached it meanwhile.
-        (void)detach(name);
+        [[maybe_unused]] Result<void> detached = detach(name);
     }
     impl_->pool.reset();
     impl_->workers.clear();

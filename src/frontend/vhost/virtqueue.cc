@@ -344,8 +344,8 @@ bool Virtqueue::publish() {
     }
     bool first = !notify_valid_;
     notify_valid_ = true;
-    uint16_t event =
-        field16(available_ + kRingEntriesOffset + 2 * size_).load(std::memory_order_seq_cst);
+    uint16_t event = field16(available_ + kRingEntriesOffset + 2 * size_t{size_})
+                         .load(std::memory_order_seq_cst);
     return first || crosses(event, used_, before);
 }
 

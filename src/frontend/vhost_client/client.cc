@@ -246,7 +246,8 @@ Result<uint8_t> BlkDriver::run(uint32_t type, uint64_t sector, uint32_t data_byt
     if (!queue_.wait(kClientTimeout)) {
         return fail(ErrorCode::kUnavailable, "no answer to a request");
     }
-    used_length_ = queue_.take_used()->length;
+    std::optional<UsedElement> used = queue_.take_used();
+    used_length_ = used ? used->length : 0;
     return slot_.status();
 }
 

@@ -49,7 +49,7 @@ class InflightRegionTest : public ::testing::Test {
 
     uint16_t add() {
         Buffer buffer{ram_->guest_address(data_), 16, false};
-        return driver_->add(std::span(&buffer, 1)).value();
+        return driver_->add(std::span(&buffer, 1)).value_or(UINT16_MAX);
     }
     uint16_t pop(Virtqueue& queue) {
         Chain chain;
@@ -78,10 +78,7 @@ TEST_F(InflightRegionTest, WhatWasTakenComesBackInItsOrderThenWhatIsNew) {
     auto first = value_of(new_life(), "start");
     EXPECT_EQ(inflight_.header->version, kInflightVersion);
     // Heads in an order that is not that of their numbers: five requests, two of them finished.
-    std::vector<uint16_t> heads;
-    for (int i = 0; i < 3; ++i) {
-        heads.push_back(add());
-    }
+    std::vector<uint16_t> heads = {add(), add(), add()};
     EXPECT_EQ(pop_all(*first), heads);
     first->push(heads[0], 0);
     first->push(heads[2], 0);

@@ -145,9 +145,9 @@ class VhostTest : public ::testing::Test {
     void attach(const std::string& name, const std::shared_ptr<MemoryDisk>& disk,
                 AttachOptions options = {}) {
         options.socket_path = socket(name);
-        STELLARIUM_EXPECT_OK(server_->attach(name, disk, options));
+        STELLARIUM_EXPECT_OK(server_->attach(name, disk, std::move(options)));
     }
-    void attach_one(AttachOptions options = {}) { attach("one", disk_, options); }
+    void attach_one(AttachOptions options = {}) { attach("one", disk_, std::move(options)); }
     std::string socket(std::string_view name = "one") const { return folder_ / name; }
     AttachmentStatus status(std::string_view name = "one") const {
         return value_of(server_->status(name), "status");

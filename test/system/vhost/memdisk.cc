@@ -15,8 +15,7 @@
 #include "frontend/vhost/server.h"
 #include "frontend/vhost_client/memory_disk.h"
 
-using namespace stellarium;
-
+namespace stellarium {
 namespace {
 
 struct Arguments {
@@ -90,9 +89,7 @@ Result<void> serve(const Arguments& arguments) {
     return {};
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run(int argc, char** argv) {
     Arguments arguments;
     CLI::App app("Serves a file or memory as a vhost-user-blk disk");
     app.add_option("--socket", arguments.socket, "Path of the socket")->required();
@@ -112,4 +109,11 @@ int main(int argc, char** argv) {
         return error_mapping(served.error().code()).exit_code;
     }
     return 0;
+}
+
+}  // namespace
+}  // namespace stellarium
+
+int main(int argc, char** argv) {
+    return stellarium::run(argc, argv);
 }

@@ -37,6 +37,7 @@ class ServerProcess {
             words.emplace_back("--would-block");
         }
         std::vector<char*> arguments;
+        arguments.reserve(words.size() + 1);
         for (std::string& word : words) {
             arguments.push_back(word.data());
         }
@@ -124,7 +125,7 @@ TEST_F(RecoveryTest, KilledAtAnyMomentNothingIsLostOrDoneTwice) {
         workers[q].resize(24);
         for (size_t i = 0; i < workers[q].size(); ++i) {
             workers[q][i].slot = std::make_unique<BlkSlot>(*guest.ram, kPage, 1024);
-            workers[q][i].sector = (q * 24 + i) * (kPage / 512);
+            workers[q][i].sector = (q * uint64_t{24} + i) * (kPage / 512);
         }
     }
     std::array<std::vector<Worker*>, 2> by_head = {std::vector<Worker*>(64),
@@ -248,7 +249,7 @@ TEST_F(RecoveryTest, WhatAServerNeverFinishedIsFinishedByTheNext) {
     std::array<std::byte, kPage> found;
     stamp(expected, 7, 19);
     std::ifstream disk(file_, std::ios::binary);
-    disk.seekg(7 * 512);
+    disk.seekg(std::streamoff{7} * 512);
     disk.read(reinterpret_cast<char*>(found.data()), kPage);
     EXPECT_EQ(found, expected);
 }
