@@ -1,8 +1,12 @@
 #include "control/sparse_stream.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <fstream>
 #include <map>
+#include <regex>
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include "base/hash.h"
@@ -215,6 +219,79 @@ TEST(SparseStream, WrongMeaningIsRefusedWhateverItsChecksum) {
     ASSERT_FALSE(newer);
     EXPECT_EQ(newer.error().code(), ErrorCode::kUnsupported);
     EXPECT_FALSE(Forger(kSparseVersion, 1).frame(2, 0, {}).decode_it());
+}
+
+// --- docs/formats/sparse-stream.md ---------------------------------------------------------------
+
+std::string page_path() {
+    return std::string(STELLARIUM_SOURCE_DIR) + "/docs/formats/sparse-stream.md";
+}
+
+std::string read_page() {
+    std::ifstream file(page_path());
+    return {std::istreambuf_iterator<char>(file), {}};
+}
+
+/// "field offset size" of each row below the heading of a struct.
+std::vector<std::string> documented_fields(const std::string& page, const std::string& name) {
+    std::vector<std::string> fields;
+    const size_t begin = page.find("### `" + name + "`");
+    const std::string section = page.substr(begin, page.find("\n#", begin + 1) - begin);
+    static const std::regex kRow(R"(\| (\d+) \| (\d+) \| \w+ \| `(\w+)` \|)");
+    for (std::sregex_iterator row(section.begin(), section.end(), kRow), end; row != end; ++row) {
+        fields.push_back((*row)[3].str() + ' ' + (*row)[1].str() + ' ' + (*row)[2].str());
+    }
+    return fields;
+}
+
+#define FIELD(type, name)                                                   \
+    std::string(#name) + ' ' + std::to_string(offsetof(type, name)) + ' ' + \
+        std::to_string(sizeof(type::name))
+
+TEST(SparseStreamPage, ListsTheFieldsOfTheStructs) {
+    const std::string page = read_page();
+    EXPECT_EQ(documented_fields(page, "SparseStreamHeader"),
+              (std::vector<std::string>{
+                  FIELD(SparseStreamHeader, magic), FIELD(SparseStreamHeader, version),
+                  FIELD(SparseStreamHeader, reserved), FIELD(SparseStreamHeader, size_hint),
+                  FIELD(SparseStreamHeader, checksum)}));
+    EXPECT_EQ(documented_fields(page, "SparseFrameHeader"),
+              (std::vector<std::string>{
+                  FIELD(SparseFrameHeader, type), FIELD(SparseFrameHeader, length),
+                  FIELD(SparseFrameHeader, offset), FIELD(SparseFrameHeader, checksum)}));
+}
+
+/// As the page shows it.
+std::string hex_dump(Bytes bytes) {
+    std::string dump;
+    for (size_t at = 0; at < bytes.size(); at += 16) {
+        const Bytes line = bytes.subspan(at, std::min<size_t>(16, bytes.size() - at));
+        dump += fmt::format("{:06x} ", at);
+        std::string text;
+        for (const std::byte byte : line) {
+            const auto value = static_cast<unsigned char>(byte);
+            dump += fmt::format(" {:02x}", value);
+            text += value >= ' ' && value <= '~' ? static_cast<char>(value) : '.';
+        }
+        dump += std::string(3 * (16 - line.size()), ' ') + "  " + text + '\n';
+    }
+    return dump;
+}
+
+/// STELLARIUM_UPDATE_GOLDEN=1 writes the dump into the page anew.
+TEST(SparseStreamPage, ShowsARealStream) {
+    const Bytes hello = bytes_of(std::string_view("hello"));
+    MapSource source({{4096, {hello.begin(), hello.end()}}}, 8192, 8192);
+    const std::string dump = hex_dump(encode(source));
+    const std::string page = read_page();
+    const std::string head = "<!-- hexdump: stream -->\n```\n";
+    const size_t begin = page.find(head) + head.size();
+    const size_t end = page.find("```", begin);
+    if (std::getenv("STELLARIUM_UPDATE_GOLDEN") != nullptr) {
+        std::ofstream(page_path()) << page.substr(0, begin) << dump << page.substr(end);
+        return;
+    }
+    EXPECT_EQ(page.substr(begin, end - begin), dump);
 }
 
 }  // namespace
