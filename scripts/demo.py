@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -119,7 +120,8 @@ class Reporter:
             print(f"  {what:<{widths[0]}}  {bold}{value:>{widths[1]}}{plain}  {note}")
         print(f" {line}")
         for text in self.limits:
-            print(f"  Not on this machine: {text}")
+            print(textwrap.fill(f"Not on this machine: {text}", width=max(60, len(line)),
+                                initial_indent="  ", subsequent_indent="  "))
         print()
 
 

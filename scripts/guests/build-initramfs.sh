@@ -5,8 +5,8 @@
 #
 # It mounts the disk that `root=` names on the kernel command line and starts its init. Instead,
 # `stellarium.probe` prints a line and stops the machine (does this accelerator run Linux?), and
-# `stellarium.init=` runs a base64 shell script here, without a root disk. A file that was built
-# from the same parts is kept.
+# `stellarium.init=` runs a shell script here (gzip, base64), without a root disk. A file that was
+# built from the same parts is kept.
 set -euo pipefail
 PATH=$PATH:/usr/sbin:/sbin
 here=$(dirname "$(realpath "$0")")
@@ -92,7 +92,7 @@ if [ -n "$probe" ]; then
 fi
 
 if [ -n "$script" ]; then
-    printf '%s' "$script" | base64 -d >/run/script
+    printf '%s' "$script" | base64 -d | gzip -d >/run/script
     printf '\n@@stellarium begin\n'
     sh /run/script
     printf '\n@@stellarium end %d\n' $?

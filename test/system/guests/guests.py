@@ -22,6 +22,7 @@ As a program:
 """
 import argparse
 import base64
+import gzip
 import hashlib
 import os
 import re
@@ -210,7 +211,10 @@ class Guest:
 def script_words(script, in_initramfs=False):
     if script is None:
         return []
-    encoded = base64.b64encode(script.encode()).decode()
+    content = script.encode()
+    if in_initramfs:
+        content = gzip.compress(content, mtime=0)
+    encoded = base64.b64encode(content).decode()
     if len(encoded) > MAX_COMMAND_LINE_SCRIPT:
         raise GuestError(f"a script of {len(script)} bytes does not fit on the kernel command line; "
                          f"give it on a disk (stellarium.script=/dev/vdX)")
