@@ -357,6 +357,23 @@ class Holding(TestCase):
                                   env=environment, capture_output=True, text=True, check=False)
             self.assertEqual(done.returncode, EXIT["permission_denied"], done.stderr)
 
+    def test_a_stranger_in_the_daemons_place_is_not_trusted(self):
+        if os.geteuid() != 0:
+            return  # Needs two users.
+        s = self.store()
+        # A store of nobody, and a listener of somebody else where its daemon would be.
+        code = ("import os, socket, sys; os.setuid(12345); l = socket.socket(socket.AF_UNIX); "
+                "l.bind(sys.argv[1]); l.listen(); print('ready', flush=True); sys.stdin.read()")
+        place = s.runtime / "control.sock"
+        os.chmod(s.runtime, 0o777)
+        listener = subprocess.Popen([sys.executable, "-c", code, str(place)], stdin=subprocess.PIPE,
+                                    stdout=subprocess.PIPE)
+        self.assertEqual(listener.stdout.readline(), b"ready\n")
+        (s.path / "daemon.json").write_text(json.dumps(
+            {"pid": 1, "socket": str(place), "runtime_directory": str(s.runtime)}))
+        self.assertFalse(s.json("status")["daemon"])
+        listener.communicate()
+
     def test_clones_are_durable_and_small(self):
         s = self.store()
         with open(s.folder / "x.raw", "wb") as file:

@@ -120,9 +120,14 @@ Result<std::unique_ptr<Session>> Session::open(const StoreLocation& location) {
 
     STELLARIUM_ASSIGN(const std::string directory, store_directory(location));
     const io::Env env = io::real_env();
+    // Some of these places lie in folders where others may write, too.
+    std::vector<uid_t> trusted{geteuid(), 0};
+    if (struct stat status{}; stat(directory.c_str(), &status) == 0) {
+        trusted.push_back(status.st_uid);
+    }
     std::optional<Error> denied;
     for (const std::string& candidate : control::control_socket_candidates(*env.files, directory)) {
-        auto client = control::connect_unix(candidate);
+        auto client = control::connect_unix(candidate, trusted);
         if (client) {
             return daemon_session(candidate, *std::move(client));
         }

@@ -9,8 +9,11 @@
 
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
+
+#include <sys/types.h>
 
 #include "control/json.h"
 #include "control/message.h"
@@ -39,7 +42,9 @@ class ControlClient {
 std::unique_ptr<ControlClient> connect_in_process(RequestHandler& handler);
 
 /// HTTP/1.1 over a unix socket. kUnavailable when nobody listens at `socket_path` (the file is
-/// missing or stale), kPermissionDenied when it may not be opened.
-Result<std::unique_ptr<ControlClient>> connect_unix(const std::string& socket_path);
+/// missing or stale), kPermissionDenied when it may not be opened, or when the listener is none of
+/// `trusted_users` (empty: whoever it is, because a person named this socket).
+Result<std::unique_ptr<ControlClient>> connect_unix(const std::string& socket_path,
+                                                    std::span<const uid_t> trusted_users = {});
 
 }  // namespace stellarium::control

@@ -4,7 +4,7 @@
 // An upload asks first (Expect: 100-continue), so that a name that is taken is told before any
 // content is read. When the other side answers in the middle of an upload and closes, that answer
 // is the result, not the broken pipe.
-#include <array>
+#include <algorithm>
 #include <cerrno>
 #include <limits>
 
@@ -15,6 +15,7 @@
 #include <boost/beast/core/flat_buffer.hpp>
 #include <boost/beast/http.hpp>
 #include <fmt/format.h>
+#include <sys/socket.h>
 
 #include "control/client.h"
 
@@ -229,9 +230,25 @@ class UnixClient final : public ControlClient {
 
 }  // namespace
 
-Result<std::unique_ptr<ControlClient>> connect_unix(const std::string& socket_path) {
+Result<std::unique_ptr<ControlClient>> connect_unix(const std::string& socket_path,
+                                                    std::span<const uid_t> trusted_users) {
     // Proves that somebody listens; the connection itself is not kept.
     STELLARIUM_ASSIGN(const std::unique_ptr<Connection> probe, open_connection(socket_path));
+    if (!trusted_users.empty()) {
+        ucred peer{};
+        socklen_t length = sizeof peer;
+        if (getsockopt(probe->socket.native_handle(), SOL_SOCKET, SO_PEERCRED, &peer, &length) !=
+            0) {
+            return std::unexpected(
+                Error::from_errno(errno, "ask who listens at control socket " + socket_path));
+        }
+        if (std::ranges::find(trusted_users, peer.uid) == trusted_users.end()) {
+            return fail(ErrorCode::kPermissionDenied,
+                        fmt::format("control socket {}: user {} listens there, who does not own "
+                                    "the store; name the socket with --socket if that is right",
+                                    socket_path, peer.uid));
+        }
+    }
     return std::make_unique<UnixClient>(socket_path);
 }
 

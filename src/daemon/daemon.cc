@@ -28,6 +28,7 @@ sigset_t stop_signals() {
     sigemptyset(&set);
     sigaddset(&set, SIGTERM);
     sigaddset(&set, SIGINT);
+    sigaddset(&set, SIGHUP);  // The terminal that it was started from is gone.
     return set;
 }
 
@@ -40,7 +41,7 @@ void raise_descriptor_limit() {
     }
 }
 
-/// Waits for SIGTERM or SIGINT, telling systemd's watchdog now and then that we live.
+/// Waits for a signal to stop, telling systemd's watchdog now and then that we live.
 void wait_for_stop(Log& log) {
     const sigset_t set = stop_signals();
     uint64_t watchdog_us = 0;
@@ -59,8 +60,8 @@ void wait_for_stop(Log& log) {
         } else {
             signal_number = sigwaitinfo(&set, &info);
         }
-        if (signal_number == SIGTERM || signal_number == SIGINT) {
-            log.info("stopping", {{"signal", signal_number == SIGTERM ? "SIGTERM" : "SIGINT"},
+        if (sigismember(&set, signal_number) == 1) {
+            log.info("stopping", {{"signal", std::to_string(signal_number)},
                                   {"sender_pid", std::to_string(info.si_pid)}});
             return;
         }

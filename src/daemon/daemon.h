@@ -2,7 +2,7 @@
 //
 //     DaemonConfig config = ...;           // checked: finish_config() had no complaints
 //     Log log(config.log_level, config.log_format);
-//     auto result = run_daemon(config, version, log);   // returns after SIGTERM or SIGINT
+//     auto result = run_daemon(config, version, log);   // returns after SIGTERM, SIGINT or SIGHUP
 //
 // Order of start: store opened (recovered, arena adopted), attachments restored, control socket
 // answers, systemd told READY. Order of stop, the reverse: control requests answered and streams
