@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <map>
-#include <regex>
+#include <sstream>
 
 #include <fmt/format.h>
 #include <gtest/gtest.h>
@@ -237,9 +237,19 @@ std::vector<std::string> documented_fields(const std::string& page, const std::s
     std::vector<std::string> fields;
     const size_t begin = page.find("### `" + name + "`");
     const std::string section = page.substr(begin, page.find("\n#", begin + 1) - begin);
-    static const std::regex kRow(R"(\| (\d+) \| (\d+) \| \w+ \| `(\w+)` \|)");
-    for (std::sregex_iterator row(section.begin(), section.end(), kRow), end; row != end; ++row) {
-        fields.push_back((*row)[3].str() + ' ' + (*row)[1].str() + ' ' + (*row)[2].str());
+    std::istringstream lines(section);
+    for (std::string line; std::getline(lines, line);) {
+        // | 16 | 8 | u64 | `size_hint` | meaning |
+        std::istringstream cells(line);
+        std::string bar;
+        std::string offset;
+        std::string size;
+        std::string type;
+        std::string field;
+        if (cells >> bar >> offset >> bar >> size >> bar >> type >> bar >> field &&
+            field.starts_with('`')) {
+            fields.push_back(field.substr(1, field.size() - 2) + ' ' + offset + ' ' + size);
+        }
     }
     return fields;
 }
