@@ -652,8 +652,15 @@ Result<std::vector<std::byte>> Catalog::save(nebula::Store& store, const Frozen&
     std::vector<std::byte> entities;
     std::vector<std::byte> attachments;
     uint32_t attachment_count = 0;
+    std::vector<const Delta*> in_memory;
+    in_memory.reserve(frozen.items.size());
     for (const Frozen::Item& item : frozen.items) {
-        STELLARIUM_ASSIGN(const NodeRef delta, item.state.delta.persist(store));
+        in_memory.push_back(&item.state.delta);
+    }
+    STELLARIUM_ASSIGN(const std::vector<NodeRef> deltas, Delta::persist_all(store, in_memory));
+    for (size_t i = 0; i < frozen.items.size(); ++i) {
+        const Frozen::Item& item = frozen.items[i];
+        const NodeRef& delta = deltas[i];
         const auto [it, is_new] = state_numbers.try_emplace(
             std::pair(item.state.root.id, delta.id), static_cast<uint32_t>(state_numbers.size()));
         if (is_new) {

@@ -379,6 +379,9 @@ Result<void> PoolImpl::open_arena() {
     if (own_path.empty()) {
         arena_ = Arena::make_private(options_.dirty_budget_bytes);
         committer_ = make_committer(*arena_, options_.background);
+        if (!named.path.empty()) {
+            note_arena({.id = named.id, .closed = true, .path = named.path});
+        }
         return {};
     }
     STELLARIUM_ASSIGN(const io::FileSystemType type, env_.files->type(options_.runtime_directory));

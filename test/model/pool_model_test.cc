@@ -257,6 +257,9 @@ class Program {
     }
 
     void check_everything(bool after_crash = false) {
+        for (const std::string& warning : pool_->warnings()) {
+            log("  warning: " + warning);
+        }
         size_t images = 0;
         size_t volumes = 0;
         for (auto& [name, volume] : shadow_) {
