@@ -44,6 +44,8 @@ function(stellarium_test)
   endif()
   find_package(GTest REQUIRED)
   add_executable(${ARG_NAME}_test ${ARG_SOURCES})
+  # A helper of the tests is included by its path from the top: "test/model/pool_shadow.h".
+  target_include_directories(${ARG_NAME}_test PRIVATE ${CMAKE_SOURCE_DIR})
   foreach(dep ${ARG_DEPS})
     string(REPLACE "/" "_" dep_target "stellarium_${dep}")
     target_link_libraries(${ARG_NAME}_test PRIVATE ${dep_target})

@@ -24,7 +24,7 @@
 
 #include "base/units.h"
 #include "nova/testing/test_pool.h"
-#include "pool_shadow.h"
+#include "test/model/pool_shadow.h"
 
 namespace stellarium::nova::model {
 namespace {

@@ -1,4 +1,4 @@
-#include "pool_shadow.h"
+#include "test/model/pool_shadow.h"
 
 #include <algorithm>
 
