@@ -61,8 +61,8 @@ class VhostHost final : public control::AttachmentHost {
         control::AttachmentOptions options;
         std::shared_ptr<BlockDevice> device;
         std::shared_future<void> released;  ///< Ready when the server holds the device no more.
-        std::string failure;    ///< Why it is not served; "" when it is.
-        bool changing = false;  ///< An attach or detach of it is running.
+        std::string failure;                ///< Why it is not served; "" when it is.
+        bool changing = false;              ///< An attach or detach of it is running.
     };
 
     Result<void> serve(uint64_t id, std::string_view source, Entry& entry);
