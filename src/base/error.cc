@@ -28,6 +28,7 @@ constexpr std::array<ErrorMapping, kErrorCodeCount> kMappings{{
     {ErrorCode::kInterrupted, "interrupted", "try again", EINTR, 1, 503, 15},
     {ErrorCode::kCancelled, "cancelled", "start again when ready", ECANCELED, 1, 499, 16},
     {ErrorCode::kProtocol, "protocol_error", "disconnect the peer", EPROTO, 1, 400, 17},
+    {ErrorCode::kStale, "stale", "look it up again", ESTALE, 1, 409, 18},
 }};
 
 constexpr bool rows_are_in_order() {

@@ -35,8 +35,9 @@ enum class ErrorCode : unsigned char {
     kInterrupted,       ///< Interrupted before anything happened. Retry at once.
     kCancelled,         ///< Given up on request.
     kProtocol,          ///< A peer broke its protocol. Disconnect it.
+    kStale,             ///< An address of something that has moved or gone. Look it up again.
 };
-inline constexpr int kErrorCodeCount = 16;
+inline constexpr int kErrorCodeCount = 17;
 
 /// How one code looks to each outside world. `exit_code` is what stellarctl exits with.
 struct ErrorMapping {

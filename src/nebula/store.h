@@ -30,6 +30,7 @@
 #include "base/error.h"
 #include "base/hash.h"
 #include "io/io.h"
+#include "nebula/collection.h"
 #include "nebula/types.h"
 
 namespace stellarium::nebula {
