@@ -11,6 +11,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <memory>
 #include <string>
 #include <vector>
@@ -18,6 +19,7 @@
 #include <benchmark/benchmark.h>
 
 #include "base/hash.h"
+#include "io/io.h"
 #include "nebula/chunker.h"
 #include "nebula/index.h"
 
@@ -220,6 +222,58 @@ BENCHMARK(index_insert)
     ->Arg(1'000'000)
     ->Arg(20'000'000)
     ->Iterations(1)
+    ->Unit(benchmark::kMillisecond);
+
+/// A checkpoint of filled_index() in the temporary directory, removed when destroyed.
+class CheckpointFile {
+  public:
+    CheckpointFile() : path_(std::filesystem::temp_directory_path() / "stellarium-index-bench") {
+        auto opened = io::real_env().files->open(path_, io::OpenMode::kCreate);
+        if (!opened) {
+            std::abort();
+        }
+        file_ = *std::move(opened);
+    }
+    ~CheckpointFile() { std::filesystem::remove(path_); }
+    CheckpointFile(const CheckpointFile&) = delete;
+    CheckpointFile& operator=(const CheckpointFile&) = delete;
+    io::File& file() { return *file_; }
+
+  private:
+    std::string path_;
+    std::unique_ptr<io::File> file_;
+};
+
+void index_write_checkpoint(benchmark::State& state) {
+    CheckpointFile target;
+    while (state.KeepRunning()) {
+        if (!filled_index().write_checkpoint(target.file(), {})) {
+            state.SkipWithError("write_checkpoint failed");
+        }
+    }
+    state.SetItemsProcessed(state.iterations() * static_cast<int64_t>(index_chunks()));
+}
+BENCHMARK(index_write_checkpoint)->Name("Index/write_checkpoint")->Unit(benchmark::kMillisecond);
+
+/// Opening alone, and with a probe in every shard, which checks all of the file.
+void index_open_checkpoint(benchmark::State& state) {
+    const bool verify = state.range(0) != 0;
+    CheckpointFile target;
+    if (!filled_index().write_checkpoint(target.file(), {})) {
+        state.SkipWithError("write_checkpoint failed");
+    }
+    while (state.KeepRunning()) {
+        auto opened = ChunkIndex::open_checkpoint(target.file(), {});
+        if (!opened || (verify && !opened->index->verify())) {
+            state.SkipWithError("open_checkpoint failed");
+        }
+    }
+}
+BENCHMARK(index_open_checkpoint)
+    ->Name("Index/open_checkpoint")
+    ->ArgName("verify")
+    ->Arg(0)
+    ->Arg(1)
     ->Unit(benchmark::kMillisecond);
 
 }  // namespace

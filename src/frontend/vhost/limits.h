@@ -67,6 +67,10 @@ inline constexpr int kPollIntervalMs = 1;
 inline constexpr int kAcceptRetryMs = 1000;
 inline constexpr int kListenBacklog = 8;
 
+/// A data thread that has been in one write to a guest's descriptor for this long is interrupted,
+/// at the latest after twice the time.
+inline constexpr int kWatchdogMs = 500;
+
 inline constexpr size_t kSerialBytes = 20;  // VIRTIO_BLK_ID_BYTES
 
 }  // namespace stellarium::vhost

@@ -6,6 +6,7 @@
 #include <mutex>
 #include <thread>
 
+#include <fcntl.h>
 #include <fmt/core.h>
 #include <sys/socket.h>
 
@@ -13,6 +14,7 @@
 #include "frontend/vhost/device.h"
 #include "frontend/vhost/guest_memory.h"
 #include "frontend/vhost/limits.h"
+#include "frontend/vhost/watchdog.h"
 #include "frontend/vhost/worker.h"
 
 namespace stellarium::vhost {
@@ -51,6 +53,11 @@ Result<Listener> adopt(UniqueFd fd) {
     if (::getsockopt(fd.get(), SOL_SOCKET, SO_ACCEPTCONN, &listening, &length) != 0 ||
         listening == 0) {
         return fail(ErrorCode::kInvalidArgument, "the descriptor is not a listening socket");
+    }
+    // A front-end that goes away between the event and accept() must not make us wait.
+    int flags = ::fcntl(fd.get(), F_GETFL);
+    if (flags < 0 || ::fcntl(fd.get(), F_SETFL, flags | O_NONBLOCK) != 0) {
+        return std::unexpected(Error::from_errno(errno, "fcntl of the listening descriptor"));
     }
     Listener listener;
     listener.fd = std::move(fd);
@@ -106,6 +113,7 @@ std::string_view request_kind_name(RequestKind kind) {
 struct VhostServer::Impl {
     Logger logger;
     std::vector<std::unique_ptr<Worker>> workers;
+    std::unique_ptr<Watchdog> watchdog;
     std::unique_ptr<BlockingPool> pool;
 
     mutable std::mutex mutex;  ///< Guards the next two.
@@ -137,6 +145,11 @@ Result<std::unique_ptr<VhostServer>> VhostServer::create(ServerOptions options) 
         STELLARIUM_ASSIGN(auto worker, Worker::create(i));
         impl->workers.push_back(std::move(worker));
     }
+    std::vector<Worker*> watched;
+    for (const auto& worker : impl->workers) {
+        watched.push_back(worker.get());
+    }
+    impl->watchdog = std::make_unique<Watchdog>(std::move(watched));
     impl->pool = std::make_unique<BlockingPool>(options.blocking_threads);
     return std::unique_ptr<VhostServer>(new VhostServer(std::move(impl)));
 }
@@ -195,6 +208,8 @@ Result<void> VhostServer::detach(std::string_view name) {
     device->worker->post(
         [device, detached] { device->begin_detach([detached] { detached->set_value(); }); });
     done.wait();
+    // The data thread may keep the Device to the end of its turn, but nobody uses the disk again.
+    device->disk.reset();
     device->worker->device_count().fetch_sub(1);
     return {};
 }
@@ -231,6 +246,7 @@ void VhostServer::shutdown() {
         // Already gone when someone else detached it meanwhile.
         [[maybe_unused]] Result<void> detached = detach(name);
     }
+    impl_->watchdog.reset();
     impl_->pool.reset();
     impl_->workers.clear();
 }

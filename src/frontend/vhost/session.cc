@@ -35,6 +35,9 @@ uint64_t u64_payload(const Message& message) {
     return load<U64Le>(message.payload);
 }
 
+constexpr std::string_view kStuckCall =
+    "its call descriptor makes us wait: it was set to block, and filled";
+
 /// Kick, call and error descriptors: an eventfd or a socket, made not to wait. Anything else could
 /// be a file that our write has more right to than the sender's.
 Result<EventFd> take_event_fd(UniqueFd fd) {
@@ -56,15 +59,18 @@ Result<EventFd> take_event_fd(UniqueFd fd) {
 
 }  // namespace
 
-void EventFd::signal() const {
+bool EventFd::signal(Worker& worker) const {
     if (!fd) {
-        return;
+        return true;
     }
-    uint64_t one = 1;
-    // When it is full, it already tells the front-end what there is to tell.
-    [[maybe_unused]] ssize_t sent =
-        is_socket ? ::send(fd.get(), &one, sizeof(one), MSG_DONTWAIT | MSG_NOSIGNAL)
-                  : ::write(fd.get(), &one, sizeof(one));
+    if (is_socket) {
+        uint64_t one = 1;
+        // When it is full, it already tells the front-end what there is to tell.
+        [[maybe_unused]] ssize_t sent =
+            ::send(fd.get(), &one, sizeof(one), MSG_DONTWAIT | MSG_NOSIGNAL);
+        return true;
+    }
+    return worker.write_event(fd.get());
 }
 
 uint64_t offered_features(bool read_only) {
@@ -271,7 +277,7 @@ void Session::break_off(const Error& error) {
                  fmt::format("front-end (pid {}) disconnected by us: {}",
                              device_->peer_pid.load(std::memory_order_relaxed), error.message()));
     for (const Queue& queue : queues_) {
-        queue.error.signal();
+        [[maybe_unused]] bool told = queue.error.signal(worker_);  // It is leaving anyway.
     }
     close({});
 }
@@ -558,8 +564,8 @@ Result<void> Session::set_vring_call(Message& message) {
     if (!message.fds.empty()) {
         STELLARIUM_ASSIGN(queue->call, take_event_fd(std::move(message.fds[0])));
         // Completions may have been published while there was no descriptor to call.
-        if (queue->ring.started()) {
-            queue->call.signal();
+        if (queue->ring.started() && !queue->call.signal(worker_)) {
+            return fail(ErrorCode::kProtocol, std::string(kStuckCall));
         }
     }
     return {};
@@ -1010,8 +1016,8 @@ void Session::publish(Queue& queue) {
                                            index_of(queue))));
     }
     // What was read from lost memory may have been zeros: nothing of it is confirmed.
-    if (check_memory() && queue.ring.publish()) {
-        queue.call.signal();
+    if (check_memory() && queue.ring.publish() && !queue.call.signal(worker_)) {
+        break_off(Error(ErrorCode::kProtocol, std::string(kStuckCall)));
     }
 }
 

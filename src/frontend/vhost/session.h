@@ -42,8 +42,9 @@ struct EventFd {
     UniqueFd fd;
     bool is_socket = false;
 
-    /// Adds one event, without waiting. Nothing happens when there is no descriptor.
-    void signal() const;
+    /// Adds one event. Nothing happens when there is no descriptor. False when the front-end made
+    /// the write wait, see watchdog.h.
+    [[nodiscard]] bool signal(Worker& worker) const;
 };
 
 class Session : public std::enable_shared_from_this<Session> {

@@ -13,6 +13,7 @@
 #include "frontend/vhost/device.h"
 #include "frontend/vhost/limits.h"
 #include "frontend/vhost/session.h"
+#include "frontend/vhost/watchdog.h"
 
 namespace stellarium::vhost {
 
@@ -95,6 +96,24 @@ void Worker::unwatch(int fd) {
     assert(rc == 0);
 }
 
+bool Worker::write_event(int fd) {
+    uint64_t one = 1;
+    event_writes_.fetch_add(1, std::memory_order_relaxed);
+    ssize_t written = ::write(fd, &one, sizeof(one));
+    bool interrupted = written < 0 && errno == EINTR;
+    event_writes_.fetch_add(1, std::memory_order_relaxed);
+    // When it is full, it already says what there is to say.
+    return !interrupted;
+}
+
+void Worker::interrupt_if_stuck() {
+    uint64_t now = event_writes_.load(std::memory_order_relaxed);
+    if (now % 2 == 1 && now == last_seen_) {
+        ::pthread_kill(thread_.native_handle(), kWatchdogSignal);
+    }
+    last_seen_ = now;
+}
+
 void Worker::make_ready(const std::shared_ptr<Session>& session, uint16_t queue) {
     ready_.push_back(ReadyQueue{session, queue});
 }
@@ -127,8 +146,8 @@ void Worker::run() {
     // The process's signals are for its main thread; SIGBUS is raised by this one's own accesses.
     sigset_t set;
     ::sigfillset(&set);
-    for (int synchronous : {SIGBUS, SIGSEGV, SIGFPE, SIGILL, SIGABRT}) {
-        ::sigdelset(&set, synchronous);
+    for (int signal : {SIGBUS, SIGSEGV, SIGFPE, SIGILL, SIGABRT, kWatchdogSignal}) {
+        ::sigdelset(&set, signal);
     }
     ::pthread_sigmask(SIG_BLOCK, &set, nullptr);
 

@@ -50,6 +50,9 @@ class Worker {
     void post(std::function<void()> task);
     /// Hands a finished request back to its session.
     void complete(std::unique_ptr<Request> request);
+    /// Interrupts a system call that the thread has been in since the last time this was asked; see
+    /// watchdog.h.
+    void interrupt_if_stuck();
     std::atomic<unsigned>& device_count() { return device_count_; }
 
     // ---- On the thread -----------------------------------------------------------------------
@@ -64,6 +67,9 @@ class Worker {
     /// Calls Device::on_listener again in a while: the process was out of descriptors.
     void accept_later(const std::weak_ptr<Device>& device);
     void keep_until_end_of_turn(std::shared_ptr<void> object);
+    /// write() of eight bytes to a descriptor whose other owner could make it wait. False when it
+    /// had to be interrupted.
+    bool write_event(int fd);
     std::unique_ptr<Request> take_request();
     void recycle(std::unique_ptr<Request> request);
     /// Scratch for the chain being decoded.
@@ -92,6 +98,9 @@ class Worker {
     EventSource wake_source_;
     std::thread thread_;
     std::atomic<unsigned> device_count_{0};
+
+    std::atomic<uint64_t> event_writes_{0};  ///< Odd while one is under way.
+    uint64_t last_seen_ = 0;                 ///< The watchdog's.
 
     std::mutex mutex_;  ///< Guards the next three.
     std::vector<std::function<void()>> tasks_;

@@ -359,6 +359,29 @@ TEST_F(HostileTest, HalfAMessageHoldsUpNoOne) {
     EXPECT_EQ(status().forced_disconnects, 0U);
 }
 
+TEST_F(HostileTest, ACallDescriptorThatMakesUsWait) {
+    GuestOptions options = small();
+    options.features &= ~feature_bit(kFeatureEventIdx);  // So that each completion is signalled.
+    TestGuest guest(options);
+    guest.connect(socket());
+    UniqueFd call(::eventfd(0, EFD_CLOEXEC));
+    ASSERT_TRUE(call);
+    const uint64_t queue = 0;
+    raw(guest, MessageType::kSetVringCall, bytes_of(queue), {call.get()});
+    std::vector<std::byte> sector(512);
+    ASSERT_EQ(value_of(guest.driver().read(0, sector), "read"), kBlkStatusOk);
+    // The server made the file non-blocking; its other owner takes that back, and fills it.
+    ASSERT_EQ(::fcntl(call.get(), F_SETFL, O_RDWR), 0);
+    uint64_t count = 0;
+    ASSERT_EQ(::read(call.get(), &count, sizeof(count)), 8);
+    count = UINT64_MAX - 1;
+    ASSERT_EQ(::write(call.get(), &count, sizeof(count)), 8);
+    BlkSlot slot(*guest.ram, 512);
+    ASSERT_TRUE(guest.queue().add(slot.prepare(kBlkIn, 0, 512)));
+    guest.queue().kick();
+    expect_thrown_out(guest, "makes us wait", "call descriptor");
+}
+
 // ---- Rings and descriptors ----------------------------------------------------------------------
 
 struct BadRing {
