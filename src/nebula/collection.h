@@ -4,10 +4,10 @@
 //
 //     STELLARIUM_ASSIGN(auto collection, store.begin_collection());  // the barrier is on
 //     ... freeze and publish a checkpoint ...
-//     STELLARIUM_TRY(collection->fix_position());                    // what is newer is not touched
-//     collection->mark_object(root_id, hint);                        // true: visit its children
-//     collection->mark_pages(chunk_id, hint, first_page, pages);
-//     STELLARIUM_ASSIGN(const CollectionReport report, collection->sweep(options));
+//     STELLARIUM_TRY(collection->fix_position());                    // what is newer is not
+//     touched collection->mark_object(root_id, hint);                        // true: visit its
+//     children collection->mark_pages(chunk_id, hint, mask);              // bit i: page i of the
+//     chunk STELLARIUM_ASSIGN(const CollectionReport report, collection->sweep(options));
 //
 // Destroyed before sweep(): nothing is freed. One collection at a time (kBusy).
 // Thread rule: marking from several threads at once; everything else from one. Appends, reads and
@@ -29,14 +29,6 @@
 #include "nebula/types.h"
 
 namespace stellarium::nebula {
-
-/// Keeps alive whatever is appended, or found as a duplicate, through the store handle it came
-/// with (Store::protect), until it is destroyed: for work of several appends whose last one makes
-/// the rest reachable. Thread rule: any thread.
-class Protection {
-  public:
-    virtual ~Protection() = default;
-};
 
 struct SweepOptions {
     bool dry_run = false;  ///< Count, and free nothing.
@@ -64,6 +56,7 @@ struct CollectionReport {
 struct SparseChunk {
     ChunkId id;
     uint16_t live_pages = 0;  ///< One bit a page.
+    uint8_t pages = 0;        ///< Of the chunk.
 };
 
 class Collection {
@@ -81,13 +74,14 @@ class Collection {
     };
     /// Marks an object. kNotFound: it is not stored.
     virtual Result<Mark> mark_object(const ChunkId& id, std::optional<PageAddress> hint) = 0;
-    /// Marks pages [first, first + pages) of a chunk.
+    /// Marks the pages of a chunk that one node refers to, bit i for page i, all in one call: a
+    /// second call counts as a second user of the chunk. At least one bit is set.
     virtual Result<Mark> mark_pages(const ChunkId& id, std::optional<PageAddress> hint,
-                                    uint32_t first, uint32_t pages) = 0;
+                                    uint16_t pages) = 0;
     /// True when the object was marked more than once: what lies below it is shared.
     virtual Result<bool> is_shared(const ChunkId& id, std::optional<PageAddress> hint) = 0;
-    /// The live pages of a chunk, when less than half of it is alive and one mark only was made;
-    /// nullopt otherwise.
+    /// The live pages of a chunk, when less than half of it is alive, one mark only was made, and
+    /// no append found it meanwhile; nullopt otherwise.
     virtual Result<std::optional<SparseChunk>> sparse(const ChunkId& id,
                                                       std::optional<PageAddress> hint) = 0;
 

@@ -627,14 +627,14 @@ Result<void> SegmentSet::with_entries(Segment& segment, Visit&& visit) {
     }
 }
 
-Result<std::optional<Entry>> SegmentSet::entry_at(Segment& segment, uint32_t page,
-                                                  const ChunkId& id) {
-    std::optional<Entry> found;
+Result<std::optional<LocatedEntry>> SegmentSet::entry_at(Segment& segment, uint32_t page,
+                                                         const ChunkId& id) {
+    std::optional<LocatedEntry> found;
     STELLARIUM_TRY(with_entries(segment, [&](std::span<const Entry> entries) {
         for (auto it = first_at(entries, page); it != entries.end() && it->page.get() == page;
              ++it) {
             if (it->id == id && it->entry_kind() != EntryKind::kPack) {
-                found = *it;
+                found = {.entry = *it, .ordinal = static_cast<uint32_t>(it - entries.begin())};
                 return;
             }
         }

@@ -123,6 +123,12 @@ class Segment {
     std::atomic<std::atomic<uint64_t>*> verified_ = nullptr;
 };
 
+/// An entry and its place in its segment's list of entries.
+struct LocatedEntry {
+    Entry entry;
+    uint32_t ordinal = 0;
+};
+
 /// When bytes are checked against their ids.
 enum class ReadCheck : uint8_t {
     kFirst,  ///< When they have not been since open.
@@ -158,7 +164,8 @@ class SegmentSet {
     std::string path(uint32_t number) const;
 
     /// The entry of `id` that starts at `page` (packs themselves excluded); nullopt: none.
-    Result<std::optional<Entry>> entry_at(Segment& segment, uint32_t page, const ChunkId& id);
+    Result<std::optional<LocatedEntry>> entry_at(Segment& segment, uint32_t page,
+                                                 const ChunkId& id);
     /// Calls `visit` for the segment's entries, which are valid during the call only.
     Result<void> visit_entries(Segment& segment,
                                const std::function<void(std::span<const Entry>)>& visit);

@@ -35,7 +35,8 @@
 
 namespace stellarium::nebula {
 
-/// Where a chunk of whole pages lies. Valid until garbage collection moves it.
+/// Where a chunk of whole pages lies. Valid until garbage collection frees or moves it; read() says
+/// kStale then, and never gives other bytes.
 struct ChunkLocation {
     PageAddress address;  ///< Of its first page.
     uint8_t pages = 0;    ///< 1 to kMaxChunkPages.
@@ -184,6 +185,14 @@ class Store {
     virtual Result<void> checkpoint(uint64_t sequence, Bytes payload) = 0;
     /// Bytes appended since the last checkpoint: what a restart would have to replay.
     virtual uint64_t bytes_since_checkpoint() const = 0;
+
+    /// Begins a garbage collection, see collection.h. kBusy: one is running. The store outlives it.
+    virtual Result<std::unique_ptr<Collection>> begin_collection() = 0;
+    /// A handle on this store for work of several appends whose last one makes the rest reachable
+    /// (an import): until it is destroyed, every collection keeps whatever append() wrote, or found
+    /// as a duplicate, through it, and whatever contains() found. Everything else is passed on, so
+    /// ids and addresses are the same, and closing it closes the store. The store outlives it.
+    virtual std::unique_ptr<Store> protect() = 0;
 
     virtual StoreStats stats() const = 0;
     virtual const std::string& directory() const = 0;

@@ -99,6 +99,7 @@ Result<void> StoreImpl::probe_items(Plan& plan) {
         if (found) {
             item.stored = true;
             item.address = found->address();
+            item.ordinal = found->ordinal;
         }
     }
     return {};
@@ -150,7 +151,16 @@ bool StoreImpl::fits_active(uint32_t batch_pages, size_t footer_entries) const {
                segment_pages_;
 }
 
-Result<Appended> StoreImpl::append(WriteBatch& batch) {
+void StoreImpl::keep(uint32_t segment, uint32_t ordinal, MarkSet* protection) {
+    if (collection_marks_ != nullptr) {
+        collection_marks_->keep(segment, ordinal);
+    }
+    if (protection != nullptr) {
+        protection->keep(segment, ordinal);
+    }
+}
+
+Result<Appended> StoreImpl::append(WriteBatch& batch, MarkSet* protection) {
     STELLARIUM_TRY(check_writable());
     size_t record_bytes = 0;
     STELLARIUM_TRY(check_batch(batch, record_bytes));
@@ -171,7 +181,9 @@ Result<Appended> StoreImpl::append(WriteBatch& batch) {
     }
     Appended out;
     for (const Item& item : plan.items) {
-        if (!item.stored) {
+        if (item.stored) {
+            keep(item.address.segment(), item.ordinal, protection);
+        } else {
             out.new_bytes += item.content.size();
         }
     }
@@ -186,7 +198,7 @@ Result<Appended> StoreImpl::append(WriteBatch& batch) {
     }
     out.duplicate_bytes = chunk_bytes;
     if (!plan.units.empty() || !batch.records_.empty()) {
-        STELLARIUM_TRY(write_plan(plan, batch, record_bytes, out.duplicate_bytes));
+        STELLARIUM_TRY(write_plan(plan, batch, record_bytes, out.duplicate_bytes, protection));
     } else {
         const std::lock_guard state_guard(state_mutex_);
         pending_duplicate_bytes_ += out.duplicate_bytes;
@@ -202,7 +214,7 @@ Result<Appended> StoreImpl::append(WriteBatch& batch) {
 }
 
 Result<void> StoreImpl::write_plan(Plan& plan, const WriteBatch& batch, size_t record_bytes,
-                                   uint64_t duplicate_bytes) {
+                                   uint64_t duplicate_bytes, MarkSet* protection) {
     std::span<const Unit> rest(plan.units);
     bool records_written = batch.records_.empty();
     while (!rest.empty() || !records_written) {
@@ -234,7 +246,7 @@ Result<void> StoreImpl::write_plan(Plan& plan, const WriteBatch& batch, size_t r
             STELLARIUM_TRY(start_segment());
         }
         STELLARIUM_TRY(write_batch(plan, rest.first(take), with_records ? &batch : nullptr,
-                                   with_records ? record_bytes : 0, duplicate_bytes));
+                                   with_records ? record_bytes : 0, duplicate_bytes, protection));
         duplicate_bytes = 0;
         rest = rest.subspan(take);
         records_written = records_written || with_records;
@@ -244,7 +256,7 @@ Result<void> StoreImpl::write_plan(Plan& plan, const WriteBatch& batch, size_t r
 
 Result<void> StoreImpl::write_batch(Plan& plan, std::span<const Unit> units,
                                     const WriteBatch* records, size_t record_bytes,
-                                    uint64_t duplicate_bytes) {
+                                    uint64_t duplicate_bytes, MarkSet* protection) {
     static constexpr std::array<std::byte, kPageBytes> kZeroPage{};
     const uint32_t header_pages = batch_header_pages(units.size(), record_bytes);
     std::vector<std::byte> header_bytes(header_pages * kPageBytes);
@@ -313,11 +325,14 @@ Result<void> StoreImpl::write_batch(Plan& plan, std::span<const Unit> units,
     if (auto written = io::write_all(*active_.file, std::move(buffers), offset); !written) {
         // The batch is not there. Its bytes go now if they can; else the next batch goes over them,
         // and a footer cuts off the rest.
-        static_cast<void>(active_.file->truncate(offset));
+        [[maybe_unused]] const auto best_effort = active_.file->truncate(offset);
         return written;
     }
 
     // Visible from here on: entries first, then the index that leads to them.
+    for (size_t i = 0; i < entries.size(); ++i) {
+        keep(active_.segment->number(), static_cast<uint32_t>(active_.entries + i), protection);
+    }
     segments_->append_entries(*active_.segment, entries);
     for (const Entry& entry : entries) {
         if (entry.entry_kind() != EntryKind::kMember) {
@@ -373,7 +388,7 @@ Result<void> StoreImpl::start_segment() {
     const SegmentHeader header = make_segment_header(store_id_, number, highest_sequence_ + 1);
     if (auto written = io::write_all(*file, bytes_of(header), 0); !written) {
         // Best effort: an empty segment file is removed by the next open otherwise.
-        static_cast<void>(files_.remove(path));
+        [[maybe_unused]] const auto best_effort = files_.remove(path);
         return written;
     }
     last_segment_ = number;
@@ -386,7 +401,7 @@ Result<void> StoreImpl::start_segment() {
                   .first_sequence = active_.first_sequence,
                   .last_sequence = active_.last_sequence};
         // Derived data: when the disk is full it stays in memory, and is tried again later.
-        static_cast<void>(write_footer(*footer));
+        [[maybe_unused]] const auto best_effort = write_footer(*footer);
     }
     const size_t closed_entries = active_.entries;
     active_ = {.segment = &segments_->add_in_memory(number, file, {}), .file = file, .end_page = 1};
@@ -412,10 +427,11 @@ Result<void> StoreImpl::write_footer(const PendingFooter& footer) {
     // A footer is found from the file's end, so nothing may lie behind it.
     STELLARIUM_TRY(footer.file->truncate(offset));
     if (auto written = io::write_all(*footer.file, Bytes(bytes), offset); !written) {
-        static_cast<void>(footer.file->truncate(offset));
+        [[maybe_unused]] const auto best_effort = footer.file->truncate(offset);
         return written;
     }
-    static_cast<void>(segments_->use_footer(*footer.segment, footer.end_page));
+    [[maybe_unused]] const auto best_effort =
+        segments_->use_footer(*footer.segment, footer.end_page);
     return {};
 }
 

@@ -128,7 +128,7 @@ Result<void> StoreImpl::write_index(SuperblockSlot& slot) {
         return files_.sync_directory(directory_);
     });
     if (!written) {
-        static_cast<void>(files_.remove(path));
+        [[maybe_unused]] const auto best_effort = files_.remove(path);
         // The old index and the footers hold the same: a full disk must not stop checkpoints.
         return written.error().code() == ErrorCode::kNoSpace ? Result<void>() : written;
     }
@@ -218,7 +218,8 @@ Result<void> StoreImpl::checkpoint(uint64_t sequence, Bytes payload) {
     superblock_ = slot;
     if (old_index != 0 && old_index != slot.index_generation) {
         // Left behind, it costs space until the next open.
-        static_cast<void>(files_.remove(join_path(directory_, index_file_name(old_index))));
+        [[maybe_unused]] const auto best_effort =
+            files_.remove(join_path(directory_, index_file_name(old_index)));
     }
     const std::lock_guard guard(state_mutex_);
     checkpoint_appended_bytes_ = slot.appended_bytes;

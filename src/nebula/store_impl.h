@@ -1,9 +1,10 @@
-// The store behind store.h, private to this component: one class, its parts in four files.
+// The store behind store.h, private to this component: one class, its parts in several files.
 //
 //   store_open.cc    create, open: superblock, recovery, index
 //   store_lookup.cc  from an id to an entry and its bytes; repair of the index
 //   store_append.cc  deduplicate, lay out, write
 //   store_commit.cc  sync, checkpoint
+//   store_collect.cc garbage collection: barrier, protections, marking, sweep
 //   store.cc         the rest: batches, replay, state, close
 //
 // Thread rule: as store.h. Locks are taken in this order: checkpoint_mutex_, append_mutex_,
@@ -14,9 +15,11 @@
 #include <atomic>
 #include <condition_variable>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -25,6 +28,7 @@
 
 #include "nebula/format.h"
 #include "nebula/index.h"
+#include "nebula/marks.h"
 #include "nebula/recovery.h"
 #include "nebula/segment.h"
 #include "nebula/store.h"
@@ -56,6 +60,7 @@ struct Item {
     EntryKind kind = EntryKind::kChunk;
     bool stored = false;    ///< Found, or written by now.
     PageAddress address{};  ///< Where, once stored.
+    uint32_t ordinal = 0;   ///< In that segment's list of entries.
 };
 
 /// What is written as one run of pages: a chunk, an object, or a pack.
@@ -94,7 +99,7 @@ class StoreImpl final : public Store {
         return std::as_bytes(std::span(superblock_.payload)).first(superblock_.payload_bytes);
     }
     Result<void> replay(ReplaySink& sink) override;
-    Result<Appended> append(WriteBatch& batch) override;
+    Result<Appended> append(WriteBatch& batch) override { return append(batch, nullptr); }
     Result<void> sync(uint64_t sequence) override;
     uint64_t sequence() const override { return sequence_.load(std::memory_order_acquire); }
     Result<void> contains(std::span<const ChunkId> ids, std::span<bool> out) override;
@@ -105,6 +110,8 @@ class StoreImpl final : public Store {
     void prefetch(PageAddress address, uint32_t pages) override;
     Result<void> checkpoint(uint64_t sequence, Bytes payload) override;
     uint64_t bytes_since_checkpoint() const override;
+    Result<std::unique_ptr<Collection>> begin_collection() override;
+    std::unique_ptr<Store> protect() override;
     StoreStats stats() const override;
     const std::string& directory() const override { return directory_; }
     std::array<uint8_t, 16> uuid() const override { return store_id_; }
@@ -112,10 +119,20 @@ class StoreImpl final : public Store {
     std::vector<std::string> warnings() const override;
     Result<void> close() override;
 
+    // For what protect() returns.
+    /// Appends, and keeps what was written or found in `protection` too when that is not null.
+    Result<Appended> append(WriteBatch& batch, MarkSet* protection);
+    Result<void> contains_protected(std::span<const ChunkId> ids, std::span<bool> out,
+                                    MarkSet& protection);
+    void end_protection(MarkSet& protection);
+
   private:
+    friend class CollectionImpl;
+
     struct Found {
         Segment* segment = nullptr;
         Entry entry;
+        uint32_t ordinal = 0;
         PageAddress address() const {
             return PageAddress::make(segment->number(), entry.page.get());
         }
@@ -156,6 +173,8 @@ class StoreImpl final : public Store {
     Result<std::optional<Found>> probe(const ChunkId& id, Want want);
     Result<Found> find(const ChunkId& id, std::optional<PageAddress> hint, Want want);
     Result<void> probe_items(Plan& plan);
+    Result<void> find_stored(std::span<const ChunkId> ids,
+                             const std::function<void(size_t, const Found&)>& found);
     Result<void> audit_index();
     Result<void> repair_index();
     template <typename Call>
@@ -170,9 +189,11 @@ class StoreImpl final : public Store {
     bool fits_empty_segment(uint32_t batch_pages, size_t footer_entries) const;
     bool fits_active(uint32_t batch_pages, size_t footer_entries) const;
     Result<void> write_plan(Plan& plan, const WriteBatch& batch, size_t record_bytes,
-                            uint64_t duplicate_bytes);
+                            uint64_t duplicate_bytes, MarkSet* protection);
     Result<void> write_batch(Plan& plan, std::span<const Unit> units, const WriteBatch* records,
-                             size_t record_bytes, uint64_t duplicate_bytes);
+                             size_t record_bytes, uint64_t duplicate_bytes, MarkSet* protection);
+    /// Has the collection that runs, if any, and the protection, if any, keep this entry.
+    void keep(uint32_t segment, uint32_t ordinal, MarkSet* protection);
     Result<void> start_segment();
     Result<void> write_footer(const PendingFooter& footer);
 
@@ -209,6 +230,8 @@ class StoreImpl final : public Store {
     std::mutex append_mutex_;  ///< Layout and write of batches: one at a time, in sequence order.
     Active active_;
     uint32_t last_segment_ = 0;
+    MarkSet* collection_marks_ = nullptr;  ///< Of the collection that runs; null: none does.
+    std::vector<MarkSet*> protections_;
 
     std::mutex repair_mutex_;  ///< One index repair or audit at a time.
     std::atomic<bool> index_audited_ = false;

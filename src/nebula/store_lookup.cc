@@ -50,11 +50,11 @@ Result<std::optional<StoreImpl::Found>> StoreImpl::confirm(const ChunkId& id, Pa
     if (segment == nullptr) {
         return std::nullopt;
     }
-    STELLARIUM_ASSIGN(const auto entry, segments_->entry_at(*segment, address.page(), id));
-    if (!entry || (want == Want::kPages && !entry->page_addressable())) {
+    STELLARIUM_ASSIGN(const auto found, segments_->entry_at(*segment, address.page(), id));
+    if (!found || (want == Want::kPages && !found->entry.page_addressable())) {
         return std::nullopt;
     }
-    return Found{segment, *entry};
+    return Found{segment, found->entry, found->ordinal};
 }
 
 Result<std::optional<StoreImpl::Found>> StoreImpl::probe(const ChunkId& id, Want want) {
@@ -134,23 +134,32 @@ Result<void> StoreImpl::audit_index() {
     return {};
 }
 
-Result<void> StoreImpl::contains(std::span<const ChunkId> ids, std::span<bool> out) {
-    assert(ids.size() == out.size());
-    STELLARIUM_TRY(check_usable());
-    std::ranges::fill(out, false);
+Result<void> StoreImpl::find_stored(std::span<const ChunkId> ids,
+                                    const std::function<void(size_t, const Found&)>& found) {
     std::vector<ChunkIndex::Match> matches;
     STELLARIUM_TRY(with_index([&]() -> Result<void> {
         matches.clear();
         return index_->find_many(ids, matches);
     }));
+    std::vector<bool> done(ids.size(), false);
     for (const ChunkIndex::Match& match : matches) {
-        if (!out[match.id_index]) {
-            STELLARIUM_ASSIGN(const auto found,
+        if (!done[match.id_index]) {
+            STELLARIUM_ASSIGN(const auto confirmed,
                               confirm(ids[match.id_index], match.address, Want::kAny));
-            out[match.id_index] = found.has_value();
+            if (confirmed) {
+                done[match.id_index] = true;
+                found(match.id_index, *confirmed);
+            }
         }
     }
     return {};
+}
+
+Result<void> StoreImpl::contains(std::span<const ChunkId> ids, std::span<bool> out) {
+    assert(ids.size() == out.size());
+    STELLARIUM_TRY(check_usable());
+    std::ranges::fill(out, false);
+    return find_stored(ids, [&](size_t i, const Found&) { out[i] = true; });
 }
 
 Result<ChunkLocation> StoreImpl::resolve(const ChunkId& id, std::optional<PageAddress> hint) {

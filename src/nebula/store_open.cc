@@ -301,7 +301,7 @@ Result<void> StoreImpl::apply_recovery(RecoveredLog& log) {
                                     .first_sequence = needed.first_sequence,
                                     .last_sequence = needed.last_sequence});
         if (writable_.load()) {
-            static_cast<void>(write_footer(pending_footers_.back()));
+            [[maybe_unused]] const auto best_effort = write_footer(pending_footers_.back());
         }
     }
     return {};

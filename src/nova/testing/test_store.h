@@ -76,6 +76,10 @@ class CountingStore final : public nebula::Store {
         return store_->checkpoint(sequence, payload);
     }
     uint64_t bytes_since_checkpoint() const override { return store_->bytes_since_checkpoint(); }
+    Result<std::unique_ptr<nebula::Collection>> begin_collection() override {
+        return store_->begin_collection();
+    }
+    std::unique_ptr<nebula::Store> protect() override { return store_->protect(); }
     nebula::StoreStats stats() const override { return store_->stats(); }
     const std::string& directory() const override { return store_->directory(); }
     std::array<uint8_t, 16> uuid() const override { return store_->uuid(); }
