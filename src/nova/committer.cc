@@ -143,9 +143,12 @@ class Committer::Assembly {
                 batch, [&](const nebula::Appended& appended) -> Result<void> {
                     const std::span<const nebula::ChunkLocation> locations(appended.locations);
                     for (const Placed& item : placed) {
-                        STELLARIUM_TRY(committer_.catalog_.apply(
-                            item.record.kind, item.record.payload,
-                            locations.subspan(item.first_chunk, item.chunks)));
+                        if (auto applied = committer_.catalog_.apply(
+                                item.record.kind, item.record.payload,
+                                locations.subspan(item.first_chunk, item.chunks));
+                            !applied) {
+                            return applied;
+                        }
                     }
                     return {};
                 }));
@@ -271,8 +274,8 @@ void Committer::break_with(const Error& error) {
 
 Result<uint64_t> Committer::append_and_apply(
     nebula::WriteBatch& batch, const std::function<Result<void>(const nebula::Appended&)>& apply) {
-    if (is_broken_.load()) {
-        return std::unexpected(*broken());
+    if (auto error = broken()) {
+        return std::unexpected(*std::move(error));
     }
     const std::shared_lock gate(gate_);
     STELLARIUM_ASSIGN(const nebula::Appended appended, store_.append(batch));
@@ -551,6 +554,7 @@ void Committer::run_commits() {
 
 void Committer::commit_group(std::vector<FlushRequest> requests) {
     std::vector<std::shared_ptr<Volume>> volumes;
+    volumes.reserve(requests.size());
     for (const FlushRequest& request : requests) {
         volumes.push_back(request.volume);
     }
@@ -559,6 +563,7 @@ void Committer::commit_group(std::vector<FlushRequest> requests) {
     volumes.erase(std::unique(volumes.begin(), volumes.end()), volumes.end());
 
     std::vector<std::unique_lock<std::mutex>> locks;
+    locks.reserve(volumes.size());
     for (const auto& volume : volumes) {
         locks.push_back(lock_entity(*volume));
     }

@@ -253,7 +253,8 @@ Result<void> assign(nebula::Store& store, DeltaNodePtr& slot, uint32_t level, ui
             assign(store, child, level - 1, leaf & (leaves_below(level - 1) - 1), change);
         if (!assigned) {
             body.children[position] = std::move(child);  // Only a present child can fail.
-            if (!slot) {
+            // A pointer that was moved from is null, so this asks whether it was replaced.
+            if (!slot) {  // NOLINT(bugprone-use-after-move)
                 slot = std::move(target);
             }
             return assigned;
@@ -395,6 +396,7 @@ Result<NodeRef> store_node(uint64_t store_tag, NodeWriter& writer, const DeltaNo
         encoded = encode_delta_leaf(*body.entries.front().extents);
     } else {
         std::vector<std::pair<uint64_t, const Extents*>> leaves;
+        leaves.reserve(body.entries.size());
         for (const DeltaEntry& entry : body.entries) {
             leaves.emplace_back(entry.leaf, entry.extents.get());
         }

@@ -60,12 +60,12 @@ void ImportPipeline::set_error(const Error& error) {
     changed_.notify_all();
 }
 
-/// nullptr: an error stopped the pipeline.
-ImportPipeline::PiecePtr ImportPipeline::take_buffer() {
+/// A free piece that starts at `page`.
+Result<ImportPipeline::PiecePtr> ImportPipeline::start_piece(uint64_t page) {
     std::unique_lock lock(mutex_);
     changed_.wait(lock, [this] { return !spare_.empty() || error_; });
     if (error_) {
-        return nullptr;
+        return std::unexpected(*error_);
     }
     PiecePtr piece = std::move(spare_.back());
     spare_.pop_back();
@@ -73,19 +73,10 @@ ImportPipeline::PiecePtr ImportPipeline::take_buffer() {
     if (!piece->buffer) {
         piece->buffer = std::make_unique_for_overwrite<std::byte[]>(kPieceBytes);
     }
+    piece->first_page = page;
     piece->filled_bytes = 0;
     piece->hashed = false;
     return piece;
-}
-
-Result<void> ImportPipeline::start_piece(uint64_t page) {
-    current_ = take_buffer();
-    if (!current_) {
-        const std::lock_guard lock(mutex_);
-        return std::unexpected(*error_);
-    }
-    current_->first_page = page;
-    return {};
 }
 
 Result<void> ImportPipeline::append(uint64_t offset_bytes, Bytes data) {
@@ -114,7 +105,7 @@ Result<void> ImportPipeline::append(uint64_t offset_bytes, Bytes data) {
             }
         }
         if (!current_) {
-            STELLARIUM_TRY(start_piece(page));
+            STELLARIUM_ASSIGN(current_, start_piece(page));
         }
         const uint64_t start = offset_bytes - current_->start_bytes();
         const size_t step = std::min<uint64_t>(data.size(), kPieceBytes - start);
@@ -142,10 +133,11 @@ Result<void> ImportPipeline::submit(bool next_page_follows) {
     piece->filled_bytes = padded - open * kPageBytes;
     if (open > 0) {
         piece->cuts.pop_back();
-        STELLARIUM_TRY(start_piece(piece->first_page + piece->filled_bytes / kPageBytes));
-        current_->filled_bytes = open * kPageBytes;
-        std::memcpy(current_->buffer.get(), pages.data() + piece->filled_bytes,
-                    current_->filled_bytes);
+        STELLARIUM_ASSIGN(PiecePtr next,
+                          start_piece(piece->first_page + piece->filled_bytes / kPageBytes));
+        next->filled_bytes = open * kPageBytes;
+        std::memcpy(next->buffer.get(), pages.data() + piece->filled_bytes, next->filled_bytes);
+        current_ = std::move(next);
     }
     return hand_on(std::move(piece));
 }

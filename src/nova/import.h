@@ -76,10 +76,9 @@ class ImportPipeline {
     };
     using PiecePtr = std::unique_ptr<Piece>;
 
-    Result<void> start_piece(uint64_t page);
+    Result<PiecePtr> start_piece(uint64_t page);
     Result<void> submit(bool next_page_follows);
     Result<void> hand_on(PiecePtr piece);
-    PiecePtr take_buffer();
     static void hash(Piece& piece);
     Result<void> append_pieces(std::vector<PiecePtr>& pieces);
     Result<void> add_extent(uint64_t leaf, const Extent& extent);

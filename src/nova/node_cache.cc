@@ -12,13 +12,13 @@ namespace stellarium::nova {
 namespace {
 
 const LeafPtr& empty_leaf() {
-    static const LeafPtr leaf = std::make_shared<const DecodedLeaf>();
-    return leaf;
+    static const LeafPtr kLeaf = std::make_shared<const DecodedLeaf>();
+    return kLeaf;
 }
 
 const InnerPtr& empty_inner() {
-    static const InnerPtr inner = std::make_shared<const TreeChildren>();
-    return inner;
+    static const InnerPtr kInner = std::make_shared<const TreeChildren>();
+    return kInner;
 }
 
 /// What std::make_shared allocates beside the object: two counts and a table pointer.
@@ -164,7 +164,7 @@ void NodeCache::Impl::Shard::add_stats(Stats& stats) const {
 NodeCache::Impl::Impl(uint64_t budget_bytes) {
     budget_bytes = std::max(budget_bytes, kMinBudgetBytes);
     const auto count =
-        static_cast<size_t>(std::clamp<uint64_t>(budget_bytes / kMinShardBytes, 1, kMaxShards));
+        std::max(std::min<size_t>(budget_bytes / kMinShardBytes, kMaxShards), size_t{1});
     for (size_t i = 0; i < count; ++i) {
         shards.push_back(std::make_unique<Shard>());
     }
@@ -232,7 +232,7 @@ Result<InnerPtr> TreeReader::inner(const NodeRef& ref, uint32_t level) {
         return std::unexpected(children.error().with_context("tree node " + ref.id.hex()));
     }
     cache_.shard_of(key.hash()).count_node_read();
-    const auto node = std::make_shared<const TreeChildren>(*std::move(children));
+    auto node = std::make_shared<const TreeChildren>(*std::move(children));
     cache_.insert(key, node, charge_of(*node));
     return node;
 }
@@ -257,7 +257,7 @@ Result<LeafPtr> TreeReader::leaf(const NodeRef& ref) {
         return std::unexpected(extents.error().with_context("tree node " + ref.id.hex()));
     }
     cache_.shard_of(key.hash()).count_node_read();
-    const auto node = std::make_shared<const DecodedLeaf>(DecodedLeaf{*std::move(extents)});
+    auto node = std::make_shared<const DecodedLeaf>(DecodedLeaf{*std::move(extents)});
     cache_.insert(key, node, charge_of(*node));
     return node;
 }
@@ -283,7 +283,7 @@ Result<NodeRef> TreeReader::leaf_ref(const NodeRef& root, uint64_t leaf_number) 
 }
 
 void TreeReader::remember_inner(const Hash256& id, uint32_t level, TreeChildren children) {
-    const auto node = std::make_shared<const TreeChildren>(std::move(children));
+    auto node = std::make_shared<const TreeChildren>(std::move(children));
     cache_.insert(NodeCache::Impl::Key::of_node(id, level), node, charge_of(*node));
 }
 
@@ -292,7 +292,7 @@ void TreeReader::remember_leaf(const Hash256& id, const Extents& extents) {
         return extent.chunk_address.has_value();
     });
     if (resolved) {
-        const auto node = std::make_shared<const DecodedLeaf>(DecodedLeaf{extents});
+        auto node = std::make_shared<const DecodedLeaf>(DecodedLeaf{extents});
         cache_.insert(NodeCache::Impl::Key::of_node(id, 0), node, charge_of(*node));
     }
 }

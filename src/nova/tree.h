@@ -28,6 +28,7 @@
 // Source of the structure: Merkle 1987; Driscoll et al. 1989 (path copying).
 #pragma once
 
+#include <cassert>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -69,6 +70,8 @@ struct Extent {
     bool continued_by(const Extent& next) const;
     /// Where page `page` of the leaf lies; it must be one of this extent's, with a known address.
     nebula::PageAddress address_of(uint32_t page) const {
+        assert(chunk_address);
+        // NOLINTNEXTLINE(bugprone-unchecked-optional-access): the contract above.
         return nebula::PageAddress(chunk_address->value() + first_in_chunk + (page - first_page));
     }
     /// The pages [first, end) of this extent; they must be some of its own.
