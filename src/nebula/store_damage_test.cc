@@ -9,6 +9,7 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include "base/test_scale.h"
 #include "io/simulated.h"
 #include "nebula/dump.h"
 #include "nebula/format.h"
@@ -242,11 +243,12 @@ TEST(NewerSuperblock, IsRefusedOrReadOnlyByItsWords) {
 
 TEST(DamagedLog, AnyFlippedByteIsHarmlessOrReported) {
     // With the whole log after the checkpoint, and with most of it before.
+    const uint64_t step = under_sanitizer() ? 20'011 : 1531;
     for (const uint64_t checkpoint_at : {uint64_t{0}, uint64_t{20}}) {
         Sample sample(checkpoint_at);
         for (uint32_t number = 1; number <= sample.last_segment(); ++number) {
             const uint64_t size = file_size(sample.machine(), segment_path(number));
-            for (uint64_t offset = 5; offset < size; offset += 1531) {
+            for (uint64_t offset = 5; offset < size; offset += step) {
                 SCOPED_TRACE(fmt::format("segment {} offset {}", number, offset));
                 const auto machine = sample.copy();
                 flip(*machine, segment_path(number), offset);
@@ -278,11 +280,12 @@ TEST(DamagedLog, AnyFlippedByteIsHarmlessOrReported) {
 }
 
 TEST(DamagedLog, AnyTruncationIsHarmlessOrReported) {
+    const uint64_t step = kPageBytes * (under_sanitizer() ? 8 : 1) + 300;
     for (const uint64_t checkpoint_at : {uint64_t{0}, uint64_t{20}}) {
         Sample sample(checkpoint_at);
         for (uint32_t number = 1; number <= sample.last_segment(); ++number) {
             const uint64_t size = file_size(sample.machine(), segment_path(number));
-            for (uint64_t end = 0; end < size; end += kPageBytes + 300) {
+            for (uint64_t end = 0; end < size; end += step) {
                 SCOPED_TRACE(fmt::format("segment {} ends at {}", number, end));
                 const auto machine = sample.copy();
                 truncate(*machine, segment_path(number), end);

@@ -6,6 +6,7 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include "base/test_scale.h"
 #include "nova/codec.h"
 #include "nova/testing/page_model.h"
 #include "nova/testing/test_store.h"
@@ -245,7 +246,7 @@ TEST(Delta, TenThousandSnapshotsCostWhatChangedAndReadAsTheFirst) {
     TestStore test;
     const std::vector<Extent> chunks = imaginary_chunks(500);
     constexpr uint64_t kVolumeLeaves = 5000;
-    constexpr size_t kSnapshots = 10'000;
+    const size_t snapshots = scaled(10'000, 1'000);
     std::vector<Delta> chain;
     Delta live;
     Model model;
@@ -255,7 +256,7 @@ TEST(Delta, TenThousandSnapshotsCostWhatChangedAndReadAsTheFirst) {
     }
     const uint64_t bytes_of_one = footprint({live}).bytes;
     std::mt19937_64 random(1);
-    for (size_t i = 0; i < kSnapshots; ++i) {
+    for (size_t i = 0; i < snapshots; ++i) {
         chain.push_back(live);
         const uint64_t leaf = random() % kVolumeLeaves;
         const Extents extents{chunks[i % 500], testing::placed(chunks[(i + 16) % 500], 64)};
@@ -264,7 +265,7 @@ TEST(Delta, TenThousandSnapshotsCostWhatChangedAndReadAsTheFirst) {
     }
     // Each change costs its path: the leaf and five nodes of at most 64 pointers.
     const Footprint all = footprint(chain);
-    EXPECT_LE(all.bytes - bytes_of_one, kSnapshots * 4096);
+    EXPECT_LE(all.bytes - bytes_of_one, snapshots * 4096);
     // The last is shaped as if it had been written at once: no trace of ten thousand ancestors.
     const Delta at_once = built_from(test, model);
     EXPECT_EQ(footprint({live}).nodes, footprint({at_once}).nodes);

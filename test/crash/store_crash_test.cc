@@ -26,6 +26,7 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include "base/test_scale.h"
 #include "base/units.h"
 #include "io/simulated.h"
 #include "nebula/store.h"
@@ -41,15 +42,8 @@ constexpr uint64_t kChunkKinds = 80;
 constexpr uint64_t kObjectKinds = 60;
 constexpr uint16_t kRecordKind = 3;
 
-uint64_t number_from_environment(const char* name, uint64_t otherwise) {
-    const char* text = std::getenv(name);  // NOLINT(concurrency-mt-unsafe): no thread sets it.
-    return text == nullptr ? otherwise : std::strtoull(text, nullptr, 10);
-}
-
 uint64_t wanted_crash_points() {
-    // NOLINTNEXTLINE(concurrency-mt-unsafe): no thread sets it.
-    const bool slow = std::getenv("STELLARIUM_TEST_SANITIZER") != nullptr;
-    return (slow ? 300 : 2500) * number_from_environment("STELLARIUM_TEST_SCALE", 1);
+    return scaled(2500, 300);
 }
 
 /// The chunks and objects that programs use, named by small numbers.
@@ -547,10 +541,9 @@ class Program {
 };
 
 TEST(StoreCrash, RandomProgramsCrashAnywhere) {
-    const uint64_t first_seed = number_from_environment("STELLARIUM_TEST_SEED", 1);
+    const uint64_t first = first_seed();
     uint64_t crash_points = 0;
-    for (uint64_t seed = first_seed; crash_points < wanted_crash_points() && !HasFailure();
-         ++seed) {
+    for (uint64_t seed = first; crash_points < wanted_crash_points() && !HasFailure(); ++seed) {
         Program(seed, crash_points).run();
     }
     RecordProperty("crash_points", std::to_string(crash_points));

@@ -9,7 +9,7 @@
 //     asked for, nothing that it began after the snapshot was there, and no write without all of
 //     the same writer's earlier ones.
 //
-//     STELLARIUM_CONCURRENCY_ROUNDS=1000  run longer
+//     STELLARIUM_TEST_SCALE=10  run ten times as long
 #include <array>
 #include <atomic>
 #include <cstdlib>
@@ -24,6 +24,7 @@
 #include <gtest/gtest.h>
 
 #include "base/hash.h"
+#include "base/test_scale.h"
 #include "base/units.h"
 #include "nova/testing/test_pool.h"
 
@@ -40,8 +41,7 @@ constexpr uint64_t kSectors = kVolumeBytes / kSectorBytes;
 constexpr uint64_t kStripe = 5;  ///< Sectors in a row that one writer owns: no multiple of a page.
 
 uint64_t rounds() {
-    const char* text = std::getenv("STELLARIUM_CONCURRENCY_ROUNDS");
-    return text == nullptr ? 40 : std::strtoull(text, nullptr, 10);
+    return scaled(40, 20);
 }
 
 unsigned owner_of(uint64_t sector) {

@@ -6,8 +6,8 @@
 // the middle. What was acknowledged must be there: after the death of a process exactly, after a
 // loss of power with every unflushed sector old or new.
 //
-//     STELLARIUM_SEED=17             run one program, the one that failed
-//     STELLARIUM_MODEL_PROGRAMS=1000 run more
+//     STELLARIUM_TEST_SEED=17    begin with program 17, the one that failed
+//     STELLARIUM_TEST_SCALE=10   run ten times as many
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -22,6 +22,7 @@
 #include <fmt/ranges.h>
 #include <gtest/gtest.h>
 
+#include "base/test_scale.h"
 #include "base/units.h"
 #include "nova/testing/test_pool.h"
 #include "test/model/pool_shadow.h"
@@ -34,11 +35,6 @@ using testing::TestPool;
 
 constexpr int kOperationsPerProgram = 160;
 constexpr size_t kMaxThings = 12;
-
-uint64_t number_from_environment(const char* name, uint64_t otherwise) {
-    const char* text = std::getenv(name);
-    return text == nullptr ? otherwise : std::strtoull(text, nullptr, 10);
-}
 
 PoolOptions options_for(uint64_t seed) {
     PoolOptions options = TestPool::small_options();
@@ -835,19 +831,17 @@ class Program {
 };
 
 TEST(PoolModel, RandomProgramsAgreeWithTheShadow) {
-    const uint64_t only = number_from_environment("STELLARIUM_SEED", 0);
-    const uint64_t programs = number_from_environment("STELLARIUM_MODEL_PROGRAMS", 60);
-    const uint64_t first = only != 0 ? only : 1;
-    const uint64_t last = only != 0 ? only : programs;
-    for (uint64_t seed = first; seed <= last; ++seed) {
-        SCOPED_TRACE(fmt::format("reproduce with STELLARIUM_SEED={}", seed));
+    const uint64_t first = first_seed();
+    const uint64_t end = first + scaled(60, 6);
+    for (uint64_t seed = first; seed != end; ++seed) {
+        SCOPED_TRACE(fmt::format("reproduce with STELLARIUM_TEST_SEED={}", seed));
         try {
             Program(seed).run();
         } catch (const std::exception& error) {
             ADD_FAILURE() << error.what();
         }
         if (HasFailure()) {
-            fmt::print(stderr, "STELLARIUM_SEED={}\n", seed);
+            fmt::print(stderr, "STELLARIUM_TEST_SEED={}\n", seed);
             return;
         }
     }
