@@ -42,7 +42,7 @@ struct SweepOptions {
 };
 
 struct CollectionReport {
-    uint64_t live_chunks = 0;     ///< Distinct chunks and objects kept.
+    uint64_t live_chunks = 0;     ///< Chunks and objects kept, of those before the position.
     uint64_t live_bytes = 0;      ///< Their content.
     uint64_t dead_chunks = 0;     ///< Freed by this collection.
     uint64_t dead_bytes = 0;      ///< Their content.

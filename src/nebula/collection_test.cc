@@ -57,6 +57,54 @@ class CollectionTest : public ::testing::Test {
         return report.value_or(CollectionReport{});
     }
 
+    static CollectionReport sweep(Collection& collection, const SweepOptions& options = {}) {
+        const auto report = collection.sweep(options);
+        EXPECT_OK(report);
+        return report.value_or(CollectionReport{});
+    }
+    /// Everything goes but these.
+    CollectionReport keep_only(const std::vector<const Blob*>& chunks,
+                               const std::vector<const Blob*>& objects = {},
+                               const SweepOptions& options = {}) {
+        const auto collection = begin();
+        for (const Blob* chunk : chunks) {
+            EXPECT_OK(collection->mark_pages(chunk->id, {}, 1));
+        }
+        for (const Blob* object : objects) {
+            EXPECT_OK(collection->mark_object(object->id, {}));
+        }
+        return sweep(*collection, options);
+    }
+    ErrorCode read_code(PageAddress address) {
+        ByteVector page(kPageBytes);
+        const iovec into{page.data(), page.size()};
+        const auto read = store_->read(address, std::span(&into, 1), false);
+        EXPECT_FALSE(read);
+        return read ? ErrorCode::kIo : read.error().code();
+    }
+    bool contains(const ChunkId& id) {
+        bool found = false;
+        EXPECT_OK(store_->contains(std::span(&id, 1), std::span(&found, 1)));
+        return found;
+    }
+    /// Bytes of segment files that are no holes.
+    uint64_t bytes_on_disk() {
+        uint64_t bytes = 0;
+        const auto files = machine_.files().list("/pool/segments");
+        EXPECT_OK(files);
+        for (const io::DirectoryEntry& entry : *files) {
+            const auto file =
+                machine_.files().open("/pool/segments/" + entry.name, io::OpenMode::kReadOnly);
+            EXPECT_OK(file);
+            uint64_t at = 0;
+            while (const auto extent = (*file)->next_data(at).value_or(std::nullopt)) {
+                bytes += extent->second;
+                at = extent->first + extent->second;
+            }
+        }
+        return bytes;
+    }
+
     io::SimulatedMachine machine_;
     std::unique_ptr<Store> store_;
 };
@@ -160,6 +208,287 @@ TEST_F(CollectionTest, ProtectionsKeepWhatWentThroughThem) {
         EXPECT_EQ(dry_run(*collection).live_chunks, 3U);
     }
     EXPECT_EQ(dry_run(*begin()).live_chunks, 0U);
+}
+
+TEST_F(CollectionTest, WhatIsDeadIsNotFoundAndItsBytesAreGone) {
+    const Blob kept = make_chunk(1, 4);
+    const Blob dead = make_chunk(2, 3);
+    const Blob object = make_blob(3, 200);
+    const Blob dead_object = make_blob(4, 200);
+    {
+        WriteBatch batch;
+        batch.add_chunk(kept.id, kept.bytes);
+        batch.add_chunk(dead.id, dead.bytes);
+        batch.add_object(object.id, object.bytes);
+        batch.add_object(dead_object.id, dead_object.bytes);
+        ASSERT_OK(store_->append(batch));
+    }
+    const PageAddress dead_address = store_->resolve(dead.id)->address;
+    const PageAddress kept_address = store_->resolve(kept.id)->address;
+    EXPECT_EQ(bytes_on_disk(), store_->stats().stored_bytes);
+    const CollectionReport report = keep_only({&kept}, {&object});
+    EXPECT_EQ(report.dead_chunks, 2U);
+    EXPECT_EQ(report.freed_bytes, 3 * kPageBytes);
+    const auto check = [&] {
+        EXPECT_EQ(store_->resolve(kept.id)->address, kept_address);
+        EXPECT_EQ(read_chunk(*store_, kept.id).value(), kept.bytes);
+        EXPECT_EQ(store_->get_object(object.id)->content, object.bytes);
+        EXPECT_EQ(store_->resolve(dead.id).error().code(), ErrorCode::kNotFound);
+        EXPECT_EQ(store_->resolve(dead.id, dead_address).error().code(), ErrorCode::kNotFound);
+        EXPECT_EQ(store_->get_object(dead_object.id).error().code(), ErrorCode::kNotFound);
+        EXPECT_FALSE(store_->object_address(dead_object.id));
+        EXPECT_FALSE(contains(dead.id));
+        EXPECT_EQ(read_code(dead_address), ErrorCode::kStale);
+        EXPECT_EQ(store_->stats().chunks, 2U);
+        EXPECT_EQ(store_->stats().unique_bytes, kept.bytes.size() + object.bytes.size());
+        EXPECT_EQ(bytes_on_disk(), store_->stats().stored_bytes);
+        EXPECT_EQ(store_->stats().index_misses_recovered, 0U);
+    };
+    check();
+    EXPECT_EQ(store_->stats().dead_bytes, dead_object.bytes.size()) << "it shares a pack";
+    reopen();
+    check();
+    // The same content again is new, and lies somewhere else.
+    append_chunk(*store_, dead);
+    EXPECT_NE(store_->resolve(dead.id)->address, dead_address);
+    EXPECT_EQ(read_chunk(*store_, dead.id).value(), dead.bytes);
+    EXPECT_EQ(read_code(dead_address), ErrorCode::kStale);
+    reopen();
+    EXPECT_EQ(read_chunk(*store_, dead.id).value(), dead.bytes);
+    EXPECT_EQ(read_code(dead_address), ErrorCode::kStale);
+}
+
+TEST_F(CollectionTest, NothingDeadChangesNothingOnDisk) {
+    const Blob kept = make_chunk(1, 4);
+    append_chunk(*store_, kept);
+    EXPECT_EQ(keep_only({&kept}).freed_bytes, 0U);
+    const auto files = machine_.files().list("/pool");
+    ASSERT_OK(files);
+    for (const io::DirectoryEntry& entry : *files) {
+        EXPECT_FALSE(entry.name.starts_with("dead-")) << entry.name;
+    }
+}
+
+TEST_F(CollectionTest, DeadSegmentsAreUnlinkedAndTheirAddressesStayStale) {
+    std::vector<Blob> chunks;
+    for (uint64_t i = 0; store_->stats().segments < 4; ++i) {
+        chunks.push_back(make_chunk(i, kMaxChunkPages));
+        append_chunk(*store_, chunks.back());
+    }
+    const PageAddress first = store_->resolve(chunks.front().id)->address;
+    ASSERT_EQ(first.segment(), 1U);
+    const CollectionReport report = keep_only({});
+    EXPECT_EQ(report.segments_freed, 3U) << "all but the one that grows";
+    EXPECT_EQ(store_->stats().segments, 1U);
+    EXPECT_EQ(bytes_on_disk(), store_->stats().stored_bytes);
+    EXPECT_EQ(store_->stats().chunks, 0U);
+    EXPECT_FALSE(machine_.files().exists("/pool/segments/0000001.seg").value());
+    EXPECT_EQ(read_code(first), ErrorCode::kStale);
+    store_->prefetch(first, 16);
+    reopen();
+    EXPECT_EQ(read_code(first), ErrorCode::kStale);
+    EXPECT_EQ(store_->resolve(chunks[0].id, first).error().code(), ErrorCode::kNotFound);
+    for (const Blob& chunk : chunks) {
+        append_chunk(*store_, chunk);
+        EXPECT_EQ(read_chunk(*store_, chunk.id).value(), chunk.bytes);
+    }
+    EXPECT_EQ(store_->read_only_reason(), std::nullopt);
+}
+
+TEST_F(CollectionTest, WhatIsLeftOfADeadSegmentIsMoved) {
+    std::vector<Blob> chunks;
+    std::vector<Blob> objects;
+    const ByteVector aux = make_bytes(7, 33);
+    for (uint64_t i = 0; store_->stats().segments < 3; ++i) {
+        chunks.push_back(make_chunk(i, 2));
+        objects.push_back(make_blob(1000 + i, 300 + i));
+        WriteBatch batch;
+        batch.add_chunk(chunks.back().id, chunks.back().bytes);
+        batch.add_object(objects.back().id, objects.back().bytes, aux);
+        ASSERT_OK(store_->append(batch));
+    }
+    const PageAddress old_chunk = store_->resolve(chunks[1].id)->address;
+    const PageAddress old_object = store_->object_address(objects[2].id).value();
+    auto handle = store_->protect();
+    append_chunk(*handle, chunks[3]);
+    const CollectionReport report = keep_only({&chunks[1]}, {&objects[2]});
+    EXPECT_EQ(report.segments_freed, 2U);
+    EXPECT_EQ(report.moved_bytes,
+              chunks[1].bytes.size() + chunks[3].bytes.size() + objects[2].bytes.size());
+    const auto check = [&] {
+        EXPECT_EQ(store_->stats().chunks, 3U);
+        EXPECT_EQ(read_chunk(*store_, chunks[1].id).value(), chunks[1].bytes);
+        EXPECT_EQ(read_chunk(*store_, chunks[3].id).value(), chunks[3].bytes);
+        const auto object = store_->get_object(objects[2].id, old_object);
+        EXPECT_OK(object);
+        EXPECT_EQ(object->content, objects[2].bytes);
+        EXPECT_EQ(object->aux, aux);
+        EXPECT_EQ(read_code(old_chunk), ErrorCode::kStale);
+        EXPECT_EQ(bytes_on_disk(), store_->stats().stored_bytes);
+    };
+    check();
+    // The protection has followed its chunk.
+    EXPECT_EQ(keep_only({&chunks[1]}, {&objects[2]}).dead_chunks, 0U);
+    check();
+    handle.reset();
+    reopen();
+    check();
+    EXPECT_EQ(keep_only({&chunks[1]}, {&objects[2]}).dead_chunks, 1U);
+}
+
+TEST_F(CollectionTest, PacksThatAreMostlyDeadAreRepacked) {
+    std::vector<Blob> objects;
+    WriteBatch batch;
+    for (uint64_t i = 0; i < 50; ++i) {
+        objects.push_back(make_blob(i, 1000));
+        batch.add_object(objects.back().id, objects.back().bytes);
+    }
+    ASSERT_OK(store_->append(batch));
+    const Blob chunk = make_chunk(1, 14);
+    append_chunk(*store_, chunk);
+    const uint64_t before = store_->stats().stored_bytes;
+    EXPECT_EQ(keep_only({&chunk}, {&objects[4], &objects[40]}).moved_bytes, 2000U);
+    EXPECT_LT(store_->stats().stored_bytes, before - 40000);
+    EXPECT_EQ(bytes_on_disk(), store_->stats().stored_bytes);
+    reopen();
+    EXPECT_EQ(store_->get_object(objects[4].id)->content, objects[4].bytes);
+    EXPECT_EQ(store_->get_object(objects[40].id)->content, objects[40].bytes);
+    EXPECT_EQ(store_->get_object(objects[5].id).error().code(), ErrorCode::kNotFound);
+}
+
+TEST_F(CollectionTest, TheBarrierKeepsDuplicatesThroughASweep) {
+    const Blob chunk = make_chunk(1, 2);
+    const Blob lost = make_chunk(3, 2);
+    append_chunk(*store_, chunk);
+    append_chunk(*store_, lost);
+    const auto collection = begin();
+    append_chunk(*store_, chunk);
+    EXPECT_EQ(sweep(*collection).dead_chunks, 1U);
+    EXPECT_EQ(read_chunk(*store_, chunk.id).value(), chunk.bytes);
+    EXPECT_FALSE(contains(lost.id));
+}
+
+TEST_F(CollectionTest, FootersAndIndexThatAreLostComeBackWithoutTheDead) {
+    std::vector<Blob> chunks;
+    std::vector<Blob> objects;
+    for (uint64_t i = 0; store_->stats().segments < 3; ++i) {
+        chunks.push_back(make_chunk(i, static_cast<uint32_t>(1 + i % 3)));
+        objects.push_back(make_blob(1000 + i, 30 + i));
+        append_chunk(*store_, chunks.back());
+        append_object(*store_, objects.back());
+    }
+    std::vector<const Blob*> kept_chunks;
+    std::vector<const Blob*> kept_objects;
+    for (size_t i = 0; i < chunks.size(); ++i) {
+        if (i % 3 != 0) {
+            kept_chunks.push_back(&chunks[i]);
+        }
+        if (i % 2 != 0) {
+            kept_objects.push_back(&objects[i]);
+        }
+    }
+    keep_only(kept_chunks, kept_objects);
+    ASSERT_OK(store_->close());
+    store_.reset();
+    // Every footer, and the index.
+    for (const uint32_t number : {1U, 2U}) {
+        const std::string path = "/pool/segments/000000" + std::to_string(number) + ".seg";
+        const auto file = machine_.files().open(path, io::OpenMode::kReadOnly);
+        ASSERT_OK(file);
+        machine_.files().damage(path, (*file)->size_bytes().value() - 64, 64, 1);
+    }
+    const auto files = machine_.files().list("/pool");
+    for (const io::DirectoryEntry& entry : *files) {
+        if (entry.name.starts_with("index-")) {
+            ASSERT_OK(machine_.files().remove("/pool/" + entry.name));
+        }
+    }
+    reopen();
+    EXPECT_EQ(store_->read_only_reason(), std::nullopt);
+    for (size_t i = 0; i < chunks.size(); ++i) {
+        EXPECT_EQ(contains(chunks[i].id), i % 3 != 0) << i;
+        EXPECT_EQ(contains(objects[i].id), i % 2 != 0) << i;
+        if (i % 3 != 0) {
+            EXPECT_EQ(read_chunk(*store_, chunks[i].id).value(), chunks[i].bytes);
+        } else {
+            EXPECT_EQ(store_->resolve(chunks[i].id).error().code(), ErrorCode::kNotFound)
+                << "and no talk of damage";
+        }
+    }
+    EXPECT_EQ(store_->stats().index_misses_recovered, 0U);
+}
+
+TEST_F(CollectionTest, WithoutItsDeadMapAStoreIsReadOnly) {
+    const Blob kept = make_chunk(1, 4);
+    const Blob dead = make_chunk(2, 3);
+    append_chunk(*store_, kept);
+    append_chunk(*store_, dead);
+    keep_only({&kept});
+    ASSERT_OK(store_->close());
+    store_.reset();
+    const std::string map = "/pool/dead-1.map";
+    ASSERT_TRUE(machine_.files().exists(map).value());
+    const auto check = [&](std::string_view text) {
+        auto opened = Store::open(machine_.env(), "/pool", {.segment_bytes = kMinSegmentBytes});
+        ASSERT_OK(opened);
+        const std::string reason = (*opened)->read_only_reason().value_or("");
+        EXPECT_NE(reason.find(map), std::string::npos) << reason;
+        EXPECT_NE(reason.find(text), std::string::npos) << reason;
+        RecordedReplay replay;
+        ASSERT_OK((*opened)->replay(replay));
+        EXPECT_EQ(read_chunk(**opened, kept.id).value(), kept.bytes);
+        const auto gone = read_chunk(**opened, dead.id);
+        ASSERT_FALSE(gone);
+        EXPECT_TRUE(gone.error().code() == ErrorCode::kCorrupt ||
+                    gone.error().code() == ErrorCode::kNotFound);
+    };
+    machine_.files().damage(map, 140, 1, 1);
+    check("offset 8");
+    ASSERT_OK(machine_.files().remove(map));
+    check("");
+}
+
+TEST_F(CollectionTest, OnAFullDiskDeadSegmentsGoFirst) {
+    std::vector<Blob> chunks;
+    for (uint64_t i = 0; store_->stats().segments < 4; ++i) {
+        chunks.push_back(make_chunk(i, kMaxChunkPages));
+        append_chunk(*store_, chunks.back());
+    }
+    const auto collection = begin();
+    ASSERT_OK(collection->mark_pages(chunks.back().id, {}, 1));
+    constexpr uint64_t kPlenty = uint64_t{1} << 30;
+    machine_.files().set_space_limit(kPlenty);
+    machine_.files().set_space_limit(kPlenty - machine_.files().space("/pool")->free_bytes);
+    const CollectionReport report = sweep(*collection);
+    EXPECT_EQ(report.segments_freed, 3U);
+    EXPECT_EQ(bytes_on_disk(), store_->stats().stored_bytes);
+    machine_.files().set_space_limit(kPlenty);
+    reopen();
+    EXPECT_EQ(store_->read_only_reason(), std::nullopt);
+    EXPECT_EQ(read_chunk(*store_, chunks.back().id).value(), chunks.back().bytes);
+    EXPECT_EQ(bytes_on_disk(), store_->stats().stored_bytes);
+}
+
+TEST_F(CollectionTest, ACancelledSweepIsFinishedByTheNextOne) {
+    std::vector<Blob> chunks;
+    for (uint64_t i = 0; store_->stats().segments < 4; ++i) {
+        chunks.push_back(make_chunk(i, kMaxChunkPages));
+        append_chunk(*store_, chunks.back());
+    }
+    for (int looks = 0; looks < 12; ++looks) {
+        const auto collection = begin();
+        ASSERT_OK(collection->mark_pages(chunks.back().id, {}, 1));
+        int left = looks;
+        const auto swept = collection->sweep({.cancelled = [&left] { return left-- == 0; }});
+        if (!swept) {
+            EXPECT_EQ(swept.error().code(), ErrorCode::kCancelled);
+        }
+        EXPECT_EQ(bytes_on_disk(), store_->stats().stored_bytes) << looks;
+    }
+    EXPECT_EQ(keep_only({&chunks.back()}).dead_chunks, 0U);
+    EXPECT_EQ(store_->stats().segments, 1U);
+    EXPECT_EQ(store_->stats().chunks, 1U);
+    EXPECT_EQ(read_chunk(*store_, chunks.back().id).value(), chunks.back().bytes);
 }
 
 }  // namespace

@@ -217,7 +217,8 @@ Result<SuperblockSlot> decode_superblock_slot(Bytes page) {
     STELLARIUM_TRY(check_magic(slot.magic, kSuperblockMagic, kWhat));
     STELLARIUM_TRY(check_sum(page.subspan(kSealBytes), slot.checksum, kWhat));
     // A newer format keeps what is above and may change all that is below.
-    if (slot.read_version.get() > kFormatReadVersion) {
+    if (slot.read_version.get() > kFormatReadVersion ||
+        (slot.features_refuse & ~kKnownFeaturesRefuse) != 0) {
         return slot;
     }
     if (slot.page_bytes != kPageBytes) {
@@ -235,6 +236,15 @@ Result<SuperblockSlot> decode_superblock_slot(Bytes page) {
         return corrupt(fmt::format("{}: log position segment {} page {} at offset {} is impossible",
                                    kWhat, slot.log_segment.get(), slot.log_page.get(),
                                    offsetof(SuperblockSlot, log_segment)));
+    }
+    const bool has_dead_map = (slot.features_refuse & kFeatureDeadMap) != 0;
+    if (has_dead_map != (slot.dead_map_generation != 0) || slot.dead_map_freed > 1 ||
+        (!has_dead_map && slot.dead_map_freed != 0)) {
+        return corrupt(fmt::format(
+            "{}: dead map {} and its state {} at offset {} contradict each other or the feature "
+            "bits {:#x}",
+            kWhat, slot.dead_map_generation.get(), slot.dead_map_freed.get(),
+            offsetof(SuperblockSlot, dead_map_generation), slot.features_refuse.get()));
     }
     const Bytes reserved = std::as_bytes(std::span(slot.reserved));
     STELLARIUM_TRY(check_zero(reserved, offsetof(SuperblockSlot, reserved), kWhat));

@@ -41,8 +41,10 @@ inline constexpr uint16_t kFormatReadVersion = 1;
 inline constexpr uint16_t kFormatWriteVersion = 1;
 /// Feature bits that this code knows. An unknown bit in the first word means "refuse to open", in
 /// the second "open read-only", in the third nothing.
-inline constexpr uint64_t kKnownFeaturesRefuse = 0;
+inline constexpr uint64_t kKnownFeaturesRefuse = 1;
 inline constexpr uint64_t kKnownFeaturesReadOnly = 0;
+/// In the first word of the superblock: there is a dead map, and parts of segments are gone.
+inline constexpr uint64_t kFeatureDeadMap = 1;
 
 inline constexpr uint64_t kSuperblockMagic = 0x00505553'524C5453;     // "STLRSUP\0"
 inline constexpr uint64_t kSegmentHeaderMagic = 0x00474553'524C5453;  // "STLRSEG\0"
@@ -82,7 +84,9 @@ struct SuperblockSlot {
     U32Le payload_bytes;
     U32Le index_segment;         ///< The index file has every entry of the segments below this one.
     U64Le index_appended_bytes;  ///< appended_bytes when the index file was written.
-    std::array<uint8_t, 88> reserved;
+    U32Le dead_map_generation;   ///< 0: there is no dead map.
+    U32Le dead_map_freed;        ///< 1: all that it names was given back to the file system.
+    std::array<uint8_t, 80> reserved;
     std::array<uint8_t, kMaxCheckpointPayload> payload;
     std::array<uint8_t, kPageBytes - 256 - kMaxCheckpointPayload> padding;
 };

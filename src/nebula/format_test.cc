@@ -13,12 +13,14 @@
 #include <map>
 #include <regex>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include "io/simulated.h"
+#include "nebula/dead_map.h"
 #include "nebula/index.h"
 #include "nebula/test_support.h"
 
@@ -76,6 +78,8 @@ std::map<std::string, StructLayout> layouts() {
            FIELD(SuperblockSlot, payload_bytes),
            FIELD(SuperblockSlot, index_segment),
            FIELD(SuperblockSlot, index_appended_bytes),
+           FIELD(SuperblockSlot, dead_map_generation),
+           FIELD(SuperblockSlot, dead_map_freed),
            FIELD(SuperblockSlot, reserved),
            FIELD(SuperblockSlot, payload),
            FIELD(SuperblockSlot, padding)}}},
@@ -111,6 +115,23 @@ std::map<std::string, StructLayout> layouts() {
            FIELD(FooterTrailer, footer_page), FIELD(FooterTrailer, entries),
            FIELD(FooterTrailer, reserved), FIELD(FooterTrailer, first_sequence),
            FIELD(FooterTrailer, last_sequence)}}},
+        {"DeadMapHeader",
+         {sizeof(DeadMapHeader),
+          {FIELD(DeadMapHeader, magic), FIELD(DeadMapHeader, checksum),
+           FIELD(DeadMapHeader, read_version), FIELD(DeadMapHeader, write_version),
+           FIELD(DeadMapHeader, page_bytes), FIELD(DeadMapHeader, features_refuse),
+           FIELD(DeadMapHeader, features_read_only), FIELD(DeadMapHeader, features_ignore),
+           FIELD(DeadMapHeader, store_id), FIELD(DeadMapHeader, generation),
+           FIELD(DeadMapHeader, segments), FIELD(DeadMapHeader, file_bytes),
+           FIELD(DeadMapHeader, reserved)}}},
+        {"DeadMapSegment",
+         {sizeof(DeadMapSegment),
+          {FIELD(DeadMapSegment, segment), FIELD(DeadMapSegment, flags),
+           FIELD(DeadMapSegment, runs), FIELD(DeadMapSegment, members),
+           FIELD(DeadMapSegment, damaged), FIELD(DeadMapSegment, reserved)}}},
+        {"DeadMapRun", {sizeof(DeadMapRun), {FIELD(DeadMapRun, page), FIELD(DeadMapRun, pages)}}},
+        {"DeadMapPlace",
+         {sizeof(DeadMapPlace), {FIELD(DeadMapPlace, page), FIELD(DeadMapPlace, offset)}}},
         {"PackHeader",
          {sizeof(PackHeader),
           {FIELD(PackHeader, magic), FIELD(PackHeader, version), FIELD(PackHeader, members),
@@ -145,7 +166,7 @@ TEST(FormatPages, TablesAreTheStructs) {
     const std::regex heading(R"(### `(\w+)` \((\d+) bytes\))");
     const std::regex row(R"(\| (\d+) \| (\d+) \| (\w+) \| `(\w+)` \| .+ \|)");
     std::map<std::string, StructLayout> missing = layouts();
-    for (const std::string page : {"superblock", "segment", "pack"}) {
+    for (const std::string page : {"superblock", "segment", "pack", "dead-map"}) {
         std::string name;
         std::vector<FieldPlace> fields;
         const auto finish = [&] {
@@ -195,6 +216,7 @@ TEST(FormatPages, StatedConstantsAreTheCode) {
     EXPECT_EQ(text_of(bytes_of(U64Le(kSegmentHeaderMagic))), std::string("STLRSEG\0", 8));
     EXPECT_EQ(text_of(bytes_of(U64Le(kBatchMagic))), std::string("STLRBCH\0", 8));
     EXPECT_EQ(text_of(bytes_of(U64Le(kFooterMagic))), std::string("STLRFOT\0", 8));
+    EXPECT_EQ(text_of(bytes_of(U64Le(kDeadMapMagic))), std::string("STLRDED\0", 8));
     EXPECT_EQ(text_of(bytes_of(U32Le(kPackMagic))), "PACK");
 }
 
@@ -312,6 +334,50 @@ TEST(FormatPages, DumpsAreRealFiles) {
                   read_range(machine.files(), segment, trailer, sizeof(FooterTrailer)), trailer);
 }
 
+TEST(FormatPages, DeadMapDumpIsARealFile) {
+    io::SimulatedMachine machine(1);
+    auto opened = open_store(machine.env(), "/pool", {.segment_bytes = kMinSegmentBytes});
+    ASSERT_OK(opened);
+    Store& store = *opened->store;
+    const std::array chunks{make_chunk(1, 2), make_chunk(2, 3), make_chunk(3, 1)};
+    const std::array objects{make_blob(4, 300), make_blob(5, 300)};
+    WriteBatch batch;
+    for (const Blob& chunk : chunks) {
+        batch.add_chunk(chunk.id, chunk.bytes);
+    }
+    for (const Blob& object : objects) {
+        batch.add_object(object.id, object.bytes);
+    }
+    ASSERT_OK(store.append(batch));
+    ASSERT_OK(store.checkpoint(1, {}));
+    const PageAddress damaged = store.resolve(chunks[2].id)->address;
+    ASSERT_OK(store.close());
+    machine.files().damage("/pool/segments/0000001.seg", damaged.offset_bytes(), 1, 1);
+    opened = open_store(machine.env(), "/pool", {.segment_bytes = kMinSegmentBytes});
+    ASSERT_OK(opened);
+    ASSERT_FALSE(read_chunk(*opened->store, chunks[2].id));
+
+    const auto collection = opened->store->begin_collection();
+    ASSERT_OK(collection);
+    ASSERT_OK((*collection)->fix_position());
+    ASSERT_OK((*collection)->mark_pages(chunks[0].id, {}, 3));
+    ASSERT_OK((*collection)->mark_pages(chunks[2].id, {}, 1));
+    ASSERT_OK((*collection)->mark_object(objects[0].id, {}));
+    ASSERT_OK((*collection)->sweep({}));
+    const std::string path = "/pool/dead-1.map";
+    const auto file = machine.files().open(path, io::OpenMode::kReadOnly);
+    ASSERT_OK(file);
+    const ByteVector bytes = read_range(machine.files(), path, 0, (*file)->size_bytes().value());
+    check_hexdump("dead-map", "dead-map", bytes, 0);
+    const auto map = decode_dead_map(bytes, opened->store->uuid(), 1);
+    ASSERT_OK(map);
+    ASSERT_EQ(map->segments.size(), 1U);
+    const DeadSegment& segment = map->segments.at(1);
+    EXPECT_EQ(segment.runs, (std::vector<PageRun>{{.page = 4, .pages = 3}}));
+    EXPECT_EQ(segment.members.size(), 1U);
+    EXPECT_EQ(segment.damaged, (std::vector<EntryPlace>{damaged.page() << 16}));
+}
+
 // ---- Decoders ---------------------------------------------------------------------------------
 
 const StoreId kStoreId{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
@@ -365,6 +431,12 @@ TEST(Superblock, SealedNonsenseIsRefused) {
     EXPECT_EQ(refusal_of_slot([](auto& slot) { slot.reserved[3] = 1; }).code(),
               ErrorCode::kCorrupt);
     EXPECT_EQ(refusal_of_slot([](auto& slot) { slot.padding[9] = 1; }).code(), ErrorCode::kCorrupt);
+    EXPECT_EQ(refusal_of_slot([](auto& slot) { slot.dead_map_generation = 1; }).code(),
+              ErrorCode::kCorrupt);
+    EXPECT_EQ(refusal_of_slot([](auto& slot) { slot.features_refuse = kFeatureDeadMap; }).code(),
+              ErrorCode::kCorrupt);
+    EXPECT_EQ(refusal_of_slot([](auto& slot) { slot.dead_map_freed = 1; }).code(),
+              ErrorCode::kCorrupt);
     EXPECT_EQ(refusal_of_slot([](auto& slot) { slot.page_bytes = 8192; }).code(),
               ErrorCode::kUnsupported);
 }
@@ -374,6 +446,7 @@ TEST(Superblock, VersionsAndFeatures) {
     ASSERT_OK(current);
     EXPECT_TRUE(current->empty());
     EXPECT_EQ(check_versions(2, 2, 0, 0).error().code(), ErrorCode::kUnsupported);
+    EXPECT_EQ(check_versions(1, 1, kFeatureDeadMap, 0).value(), "");
     EXPECT_EQ(check_versions(1, 1, 4, 0).error().code(), ErrorCode::kUnsupported);
     for (const auto& reason : {check_versions(1, 2, 0, 0), check_versions(1, 1, 0, 8)}) {
         ASSERT_OK(reason);
@@ -607,6 +680,99 @@ TEST(SegmentHeaderFormat, DamageAndForeignersAreRefused) {
     newer.checksum = checksum64(bytes_of(newer).subspan(16));
     EXPECT_EQ(decode_segment_header(bytes_of(newer), kStoreId, 3).error().code(),
               ErrorCode::kUnsupported);
+}
+
+DeadMap good_dead_map() {
+    DeadMap map{.generation = 7, .segments = {}};
+    map.segments[2].whole = true;
+    map.segments[5] = {.whole = false,
+                       .runs = {{.page = 1, .pages = 3}, {.page = 9, .pages = 100}},
+                       .members = {200U << 16 | 56U, 200U << 16 | 900U},
+                       .damaged = {300U << 16}};
+    map.segments[9].damaged = {4U << 16 | 60U};
+    return map;
+}
+
+TEST(DeadMapFormat, DecodesWhatWasMadeAndSeesDamage) {
+    const DeadMap map = good_dead_map();
+    const ByteVector bytes = encode_dead_map(kStoreId, map);
+    const auto decoded = decode_dead_map(bytes, kStoreId, 7);
+    ASSERT_OK(decoded);
+    EXPECT_EQ(decoded->segments, map.segments);
+    EXPECT_EQ(decode_dead_map(bytes, kStoreId, 8).error().code(), ErrorCode::kCorrupt);
+    EXPECT_EQ(decode_dead_map(bytes, StoreId{}, 7).error().code(), ErrorCode::kCorrupt);
+    for (size_t at = 0; at < bytes.size(); ++at) {
+        ByteVector damaged = bytes;
+        damaged[at] ^= std::byte{2};
+        const auto refused = decode_dead_map(damaged, kStoreId, 7);
+        ASSERT_FALSE(refused) << at;
+        ASSERT_EQ(refused.error().code(), ErrorCode::kCorrupt) << at;
+        ASSERT_NE(refused.error().message().find("offset"), std::string::npos);
+    }
+    for (size_t length = 0; length < bytes.size(); ++length) {
+        ASSERT_FALSE(decode_dead_map(Bytes(bytes).first(length), kStoreId, 7)) << length;
+    }
+    EXPECT_OK(
+        decode_dead_map(encode_dead_map(kStoreId, {.generation = 1, .segments = {}}), kStoreId, 1));
+}
+
+TEST(DeadMapFormat, SealedNonsenseIsRefused) {
+    // Where the parts of good_dead_map() stand.
+    constexpr size_t kWholeRow = sizeof(DeadMapHeader);
+    constexpr size_t kRow = kWholeRow + sizeof(DeadMapSegment);
+    constexpr size_t kRuns = kRow + sizeof(DeadMapSegment);
+    constexpr size_t kMembers = kRuns + 2 * sizeof(DeadMapRun);
+    const auto refusal = [](size_t at, uint64_t value, size_t size) {
+        ByteVector bytes = encode_dead_map(kStoreId, good_dead_map());
+        const U64Le word(value);
+        std::memcpy(bytes.data() + at, &word, size);
+        const U64Le sum(checksum64(Bytes(bytes).subspan(16)));
+        std::memcpy(bytes.data() + 8, &sum, sizeof(sum));
+        const auto decoded = decode_dead_map(bytes, kStoreId, 7);
+        EXPECT_FALSE(decoded) << at;
+        return decoded ? ErrorCode::kIo : decoded.error().code();
+    };
+    EXPECT_EQ(refusal(offsetof(DeadMapHeader, read_version), 2, 2), ErrorCode::kUnsupported);
+    EXPECT_EQ(refusal(offsetof(DeadMapHeader, write_version), 2, 2), ErrorCode::kUnsupported);
+    EXPECT_EQ(refusal(offsetof(DeadMapHeader, features_read_only), 1, 8), ErrorCode::kUnsupported);
+    for (const auto& [at, value, size] : std::vector<std::tuple<size_t, uint64_t, size_t>>{
+             {offsetof(DeadMapHeader, page_bytes), 8192, 4},
+             {offsetof(DeadMapHeader, segments), 2, 4},
+             {offsetof(DeadMapHeader, segments), 4, 4},
+             {offsetof(DeadMapHeader, segments), 0xFFFFFFFF, 4},
+             {offsetof(DeadMapHeader, file_bytes), 1, 8},
+             {offsetof(DeadMapHeader, reserved), 1, 1},
+             {kWholeRow + offsetof(DeadMapSegment, segment), 0, 4},
+             {kWholeRow + offsetof(DeadMapSegment, segment), 5, 4},
+             {kWholeRow + offsetof(DeadMapSegment, flags), 0, 4},
+             {kWholeRow + offsetof(DeadMapSegment, flags), 3, 4},
+             {kRow + offsetof(DeadMapSegment, flags), 1, 4},
+             {kRow + offsetof(DeadMapSegment, segment), 0xFFFFFFFF, 4},
+             {kRow + offsetof(DeadMapSegment, runs), 0xFFFFFFFF, 4},
+             {kRow + offsetof(DeadMapSegment, damaged), 0xFFFFFFFF, 4},
+             {kRow + offsetof(DeadMapSegment, reserved), 1, 4},
+             {kRuns, 0, 2},          // Page 0 holds the segment's header.
+             {kRuns + 2, 0, 2},      // A run of nothing.
+             {kRuns + 2, 8, 2},      // Adjacent to the next.
+             {kRuns + 2, 9, 2},      // Overlapping.
+             {kRuns + 6, 16384, 2},  // Past the segment's end.
+             {kMembers, 0, 2},
+             {kMembers, 16384, 2},
+             {kMembers, 201, 2},
+             {kMembers + 2, 4096, 2},
+             {kMembers + 2, 900, 2},
+         }) {
+        EXPECT_EQ(refusal(at, value, size), ErrorCode::kCorrupt) << at << " " << value;
+    }
+}
+
+TEST(DeadMapFormat, RunsAreSkipped) {
+    const std::vector<PageRun> runs{{.page = 1, .pages = 3}, {.page = 9, .pages = 2}};
+    const std::vector<uint32_t> expected{0, 4, 4, 4, 4, 5, 6, 7, 8, 11, 11, 11, 12};
+    for (uint32_t page = 0; page < expected.size(); ++page) {
+        EXPECT_EQ(skip_dead(runs, page), expected[page]) << page;
+    }
+    EXPECT_EQ(skip_dead({}, 3), 3U);
 }
 
 TEST(Pack, HostileTablesAreRefused) {

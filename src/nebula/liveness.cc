@@ -51,29 +51,33 @@ SegmentLiveness liveness_of(std::span<const Entry> entries, uint32_t end_page, d
             (alive ? out.live_bytes : out.dead_bytes) += entry.length.get();
         } else {
             std::vector<uint32_t> dead;
-            uint64_t live_member_bytes = 0;
             uint64_t dead_member_bytes = 0;
+            uint64_t live_stored_bytes = 0;
+            const uint64_t pack_end = entry.offset_bytes() + entry.length.get();
             for (; next < entries.size() && entries[next].entry_kind() == EntryKind::kMember;
                  ++next) {
                 const uint64_t bytes = entries[next].length;
-                if (is_live(static_cast<uint32_t>(next))) {
-                    alive = true;
-                    ++out.live_entries;
-                    live_member_bytes += bytes;
-                } else {
+                if (!is_live(static_cast<uint32_t>(next))) {
                     dead.push_back(static_cast<uint32_t>(next));
                     dead_member_bytes += bytes;
+                    continue;
                 }
+                alive = true;
+                ++out.live_entries;
+                out.live_bytes += bytes;
+                const bool is_last = next + 1 == entries.size() ||
+                                     entries[next + 1].entry_kind() != EntryKind::kMember;
+                live_stored_bytes += (is_last ? pack_end : entries[next + 1].offset_bytes()) -
+                                     entries[next].offset_bytes() + sizeof(PackEntry);
             }
             // A pack whose members are not known is asked about itself.
             alive = alive || (next == i + 1 && is_live(ordinal));
-            out.live_bytes += live_member_bytes;
             out.dead_bytes += dead_member_bytes;
             out.dead_entries += dead.size();
             if (alive && !dead.empty()) {
                 out.dead_members.insert(out.dead_members.end(), dead.begin(), dead.end());
                 out.dead_member_bytes += dead_member_bytes;
-                if (static_cast<double>(live_member_bytes) <
+                if (static_cast<double>(live_stored_bytes) <
                     sparse_below * static_cast<double>(entry.length.get())) {
                     out.sparse_packs.push_back(ordinal);
                 }
@@ -87,6 +91,7 @@ SegmentLiveness liveness_of(std::span<const Entry> entries, uint32_t end_page, d
             group = {.first_page = out.end_page, .dead = {}, .has_live = false};
         }
         group.has_live = group.has_live || alive;
+        out.has_live = out.has_live || alive;
         if (!alive) {
             add_run(group.dead, entry.page, unit_end);
         }

@@ -15,15 +15,10 @@
 #include <span>
 #include <vector>
 
+#include "nebula/dead_map.h"
 #include "nebula/format.h"
 
 namespace stellarium::nebula {
-
-struct PageRun {
-    uint32_t page = 0;
-    uint32_t pages = 0;
-    friend bool operator==(const PageRun&, const PageRun&) = default;
-};
 
 struct SegmentLiveness {
     uint64_t live_entries = 0;  ///< Packs not counted; the same below.
@@ -36,6 +31,7 @@ struct SegmentLiveness {
     uint64_t dead_member_bytes = 0;
     std::vector<uint32_t> sparse_packs;  ///< Ordinals of packs that live in a small part only.
     uint32_t dead_pages = 0;             ///< Of all runs.
+    bool has_live = false;               ///< Entries, or a pack of unknown members.
     uint32_t end_page = 1;               ///< Behind the last entry that was looked at.
 };
 

@@ -132,8 +132,11 @@ Result<void> Recovery::read_before_checkpoint() {
             "file is truncated",
             source.file->path(), size, uint64_t{superblock_.log_page} * kPageBytes));
     }
-    for (uint32_t page = 1; page < superblock_.log_page;) {
-        auto batch = read_batch(*source.file, store_id_, source.number, page, DataCheck::kNone);
+    const std::vector<PageRun> dead = segments_.known_dead_runs(source.number);
+    for (uint32_t page = skip_dead(dead, 1); page < superblock_.log_page;
+         page = skip_dead(dead, page)) {
+        auto batch =
+            read_batch(*source.file, store_id_, source.number, page, DataCheck::kNone, dead);
         if (batch) {
             add_entries(source, *batch);
             page = batch->end_page;

@@ -5,6 +5,7 @@
 #include <charconv>
 #include <cstring>
 #include <deque>
+#include <iterator>
 #include <utility>
 
 #include <fmt/format.h>
@@ -164,7 +165,7 @@ Result<std::vector<std::byte>> read_batch_header(io::File& file, const StoreId& 
 }
 
 Result<ScannedBatch> read_batch(io::File& file, const StoreId& store_id, uint32_t segment,
-                                uint32_t page, DataCheck check) {
+                                uint32_t page, DataCheck check, std::span<const PageRun> dead) {
     STELLARIUM_ASSIGN(const std::vector<std::byte> header_bytes,
                       read_batch_header(file, store_id, segment, page));
     STELLARIUM_ASSIGN(const BatchView view, decode_batch(header_bytes, store_id, segment, page));
@@ -197,12 +198,16 @@ Result<ScannedBatch> read_batch(io::File& file, const StoreId& store_id, uint32_
         data.resize(size_t{batch.end_page - data_page} * kPageBytes);
         STELLARIUM_ASSIGN(const bool complete, read_or_note_end(data, data_page));
         for (size_t i = 0; complete && i < view.entries.size(); ++i) {
+            if (skip_dead(dead, view.entries[i].page) != view.entries[i].page) {
+                continue;
+            }
             contents[i] = Bytes(data).subspan(
                 view.entries[i].offset_bytes() - page_offset(data_page), view.entries[i].length);
         }
     } else {
         for (size_t i = 0; i < view.entries.size(); ++i) {
-            if (view.entries[i].entry_kind() != EntryKind::kPack) {
+            if (view.entries[i].entry_kind() != EntryKind::kPack ||
+                skip_dead(dead, view.entries[i].page) != view.entries[i].page) {
                 continue;
             }
             packs.emplace_back(view.entries[i].length);
@@ -278,10 +283,22 @@ Result<std::optional<uint32_t>> find_batch(io::File& file, const StoreId& store_
 
 Segment::~Segment() {
     delete[] verified_.load();
+    delete[] dead_.load();
+}
+
+Segment::PageBits* Segment::bits_of(std::atomic<PageBits*>& bits) {
+    PageBits* words = bits.load(std::memory_order_acquire);
+    if (words == nullptr) {
+        auto fresh = std::make_unique<PageBits[]>(kPageWords);
+        if (bits.compare_exchange_strong(words, fresh.get())) {
+            words = fresh.release();
+        }
+    }
+    return words;
 }
 
 bool Segment::is_verified(uint32_t page, uint32_t pages) const {
-    const std::atomic<uint64_t>* words = verified_.load(std::memory_order_acquire);
+    const PageBits* words = verified_.load(std::memory_order_acquire);
     if (words == nullptr) {
         return false;
     }
@@ -295,16 +312,43 @@ bool Segment::is_verified(uint32_t page, uint32_t pages) const {
 }
 
 void Segment::set_verified(uint32_t page, uint32_t pages) {
-    std::atomic<uint64_t>* words = verified_.load(std::memory_order_acquire);
-    if (words == nullptr) {
-        auto fresh = std::make_unique<std::atomic<uint64_t>[]>(kVerifiedWords);
-        if (verified_.compare_exchange_strong(words, fresh.get())) {
-            words = fresh.release();
-        }
-    }
+    PageBits* words = bits_of(verified_);
     for (uint32_t at = page; at < page + pages; ++at) {
         words[at / 64].fetch_or(uint64_t{1} << (at % 64), std::memory_order_release);
     }
+}
+
+void Segment::clear_verified(uint32_t page, uint32_t pages) {
+    PageBits* words = bits_of(verified_);
+    for (uint32_t at = page; at < page + pages; ++at) {
+        words[at / 64].fetch_and(~(uint64_t{1} << (at % 64)), std::memory_order_release);
+    }
+}
+
+bool Segment::any_dead(uint32_t page, uint32_t pages) const {
+    // Sequentially consistent: see reader_gate.h.
+    if (is_gone()) {
+        return true;
+    }
+    const PageBits* words = dead_.load(std::memory_order_seq_cst);
+    if (words == nullptr) {
+        return false;
+    }
+    for (uint32_t at = page; at < page + pages; ++at) {
+        if ((words[at / 64].load(std::memory_order_seq_cst) >> (at % 64) & 1) != 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+bool Segment::is_dead(const Entry& entry) const {
+    return any_dead(entry.page, 1) || (entry.entry_kind() == EntryKind::kMember &&
+                                       std::ranges::binary_search(dead_members_, place_of(entry)));
+}
+
+bool Segment::is_damaged(const Entry& entry) const {
+    return !damaged_.empty() && std::ranges::binary_search(damaged_, place_of(entry));
 }
 
 // ---- SegmentSet -------------------------------------------------------------------------------
@@ -343,8 +387,27 @@ Segment& SegmentSet::add(uint32_t number) {
     }
     assert(block->segments[number % kBlockSegments].load() == nullptr);
     list_.push_back(std::make_unique<Segment>(number));
-    block->segments[number % kBlockSegments].store(list_.back().get(), std::memory_order_release);
-    return *list_.back();
+    Segment& segment = *list_.back();
+    take_dead_parts(segment);
+    block->segments[number % kBlockSegments].store(&segment, std::memory_order_release);
+    return segment;
+}
+
+std::vector<PageRun> SegmentSet::known_dead_runs(uint32_t number) const {
+    const auto found = dead_map_.segments.find(number);
+    return found == dead_map_.segments.end() ? std::vector<PageRun>() : found->second.runs;
+}
+
+void SegmentSet::take_dead_parts(Segment& segment) {
+    const auto found = dead_map_.segments.find(segment.number());
+    if (found == dead_map_.segments.end()) {
+        return;
+    }
+    const DeadSegment& parts = found->second;
+    set_dead(segment, {}, parts.runs);
+    const std::unique_lock lock(segment.mutex_);
+    segment.dead_members_ = parts.members;
+    segment.damaged_ = parts.damaged;
 }
 
 std::vector<Segment*> SegmentSet::all() const {
@@ -353,7 +416,9 @@ std::vector<Segment*> SegmentSet::all() const {
         const std::lock_guard guard(list_mutex_);
         out.reserve(list_.size());
         for (const auto& segment : list_) {
-            out.push_back(segment.get());
+            if (!segment->is_gone()) {
+                out.push_back(segment.get());
+            }
         }
     }
     std::ranges::sort(out, {}, &Segment::number);
@@ -362,7 +427,8 @@ std::vector<Segment*> SegmentSet::all() const {
 
 size_t SegmentSet::count() const {
     const std::lock_guard guard(list_mutex_);
-    return list_.size();
+    return static_cast<size_t>(
+        std::ranges::count_if(list_, [](const auto& segment) { return !segment->is_gone(); }));
 }
 
 Segment& SegmentSet::add_in_memory(uint32_t number, std::shared_ptr<io::File> file,
@@ -426,7 +492,17 @@ std::string SegmentSet::path(uint32_t number) const {
     return fmt::format("{}/{}", directory_, segment_file_name(number));
 }
 
+std::unexpected<Error> SegmentSet::stale(const Segment& segment, uint32_t page) const {
+    return fail(ErrorCode::kStale,
+                fmt::format("{} at offset {}: garbage collection has freed or moved what was here; "
+                            "look it up by its id",
+                            path(segment.number()), page_offset(page)));
+}
+
 Result<std::shared_ptr<io::File>> SegmentSet::open_locked(Segment& segment) {
+    if (segment.is_gone()) {
+        return stale(segment, 0);
+    }
     STELLARIUM_ASSIGN(std::shared_ptr<io::File> file,
                       files_.open(path(segment.number()), io::OpenMode::kReadOnly));
     if (!segment.header_checked_) {
@@ -565,8 +641,11 @@ Result<void> SegmentSet::load_entries(Segment& segment, std::unique_lock<std::sh
         std::vector<Entry> entries;
         size_t gaps = 0;
         uint32_t page = 1;
+        const std::vector<PageRun> dead = dead_runs(segment);
         while (true) {
-            auto batch = read_batch(*file, store_id_, segment.number(), page, DataCheck::kNone);
+            page = skip_dead(dead, page);
+            auto batch =
+                read_batch(*file, store_id_, segment.number(), page, DataCheck::kNone, dead);
             if (batch) {
                 entries.insert(entries.end(), batch->entries.begin(), batch->entries.end());
                 page = batch->end_page;
@@ -584,7 +663,7 @@ Result<void> SegmentSet::load_entries(Segment& segment, std::unique_lock<std::sh
             segment.metadata_damage_ = batch.error().message();
             page = *next;
         }
-        if (entries.empty()) {
+        if (entries.empty() && dead.empty()) {
             segment.metadata_damage_ = mapped.error().message();
         }
         warn(fmt::format("{}; {} entries were read from the segment's batches instead{}",
@@ -610,6 +689,10 @@ Result<void> SegmentSet::with_entries(Segment& segment, Visit&& visit) {
     while (true) {
         {
             const std::shared_lock lock(segment.mutex_);
+            if (segment.is_gone()) {
+                visit(std::span<const Entry>());
+                return {};
+            }
             if (segment.in_memory_) {
                 visit(std::span<const Entry>(segment.entries_));
                 return {};
@@ -621,7 +704,7 @@ Result<void> SegmentSet::with_entries(Segment& segment, Visit&& visit) {
             }
         }
         std::unique_lock lock(segment.mutex_);
-        if (!segment.in_memory_ && segment.footer_ == nullptr) {
+        if (!segment.is_gone() && !segment.in_memory_ && segment.footer_ == nullptr) {
             STELLARIUM_TRY(load_entries(segment, lock));
         }
     }
@@ -633,8 +716,10 @@ Result<std::optional<LocatedEntry>> SegmentSet::entry_at(Segment& segment, uint3
     STELLARIUM_TRY(with_entries(segment, [&](std::span<const Entry> entries) {
         for (auto it = first_at(entries, page); it != entries.end() && it->page.get() == page;
              ++it) {
-            if (it->id == id && it->entry_kind() != EntryKind::kPack) {
-                found = {.entry = *it, .ordinal = static_cast<uint32_t>(it - entries.begin())};
+            if (it->id == id && it->entry_kind() != EntryKind::kPack && !segment.is_dead(*it)) {
+                found = {.entry = *it,
+                         .ordinal = static_cast<uint32_t>(it - entries.begin()),
+                         .damaged = segment.is_damaged(*it)};
                 return;
             }
         }
@@ -645,6 +730,162 @@ Result<std::optional<LocatedEntry>> SegmentSet::entry_at(Segment& segment, uint3
 Result<void> SegmentSet::visit_entries(Segment& segment,
                                        const std::function<void(std::span<const Entry>)>& visit) {
     return with_entries(segment, visit);
+}
+
+Result<void> SegmentSet::visit_live(Segment& segment,
+                                    const std::function<void(std::span<const Entry>)>& visit) {
+    std::vector<Entry> live;
+    bool all = false;
+    STELLARIUM_TRY(with_entries(segment, [&](std::span<const Entry> entries) {
+        all = segment.dead_.load() == nullptr && segment.dead_members_.empty();
+        if (all) {
+            visit(entries);
+            return;
+        }
+        std::ranges::copy_if(entries, std::back_inserter(live),
+                             [&](const Entry& entry) { return !segment.is_dead(entry); });
+    }));
+    if (!all) {
+        visit(live);
+    }
+    return {};
+}
+
+Result<void> SegmentSet::visit_each(
+    Segment& segment, uint32_t first,
+    const std::function<bool(uint32_t ordinal, const Entry& entry, bool is_dead)>& visit) {
+    return with_entries(segment, [&](std::span<const Entry> entries) {
+        for (size_t i = first; i < entries.size(); ++i) {
+            if (!visit(static_cast<uint32_t>(i), entries[i], segment.is_dead(entries[i]))) {
+                return;
+            }
+        }
+    });
+}
+
+void SegmentSet::set_dead(Segment& segment, std::span<const Entry> entries,
+                          std::span<const PageRun> runs) {
+    const std::unique_lock lock(segment.mutex_);
+    Segment::PageBits* words = Segment::bits_of(segment.dead_);
+    const auto set_pages = [words](uint32_t page, uint32_t end) {
+        for (uint32_t at = page; at < end; ++at) {
+            words[at / 64].fetch_or(uint64_t{1} << (at % 64), std::memory_order_seq_cst);
+        }
+    };
+    for (const PageRun& run : runs) {
+        set_pages(run.page, run.end());
+    }
+    std::vector<EntryPlace> members;
+    for (const Entry& entry : entries) {
+        if (entry.entry_kind() == EntryKind::kMember) {
+            members.push_back(place_of(entry));
+        } else {
+            set_pages(entry.page, entry.page.get() + entry.pages());
+        }
+    }
+    if (!members.empty()) {
+        segment.dead_members_.insert(segment.dead_members_.end(), members.begin(), members.end());
+        std::ranges::sort(segment.dead_members_);
+        const auto repeated = std::ranges::unique(segment.dead_members_);
+        segment.dead_members_.erase(repeated.begin(), repeated.end());
+    }
+    // What lies in dead pages need not be listed one by one.
+    const auto in_dead_page = [&segment](EntryPlace place) {
+        return segment.any_dead(place >> 16, 1);
+    };
+    std::erase_if(segment.dead_members_, in_dead_page);
+    std::erase_if(segment.damaged_, [&](EntryPlace place) {
+        return in_dead_page(place) || std::ranges::binary_search(segment.dead_members_, place);
+    });
+}
+
+DeadSegment SegmentSet::dead_parts(Segment& segment) {
+    const std::shared_lock lock(segment.mutex_);
+    return {.whole = false,
+            .runs = dead_runs(segment),
+            .members = segment.dead_members_,
+            .damaged = segment.damaged_};
+}
+
+std::vector<PageRun> SegmentSet::dead_runs(const Segment& segment) {
+    std::vector<PageRun> runs;
+    const Segment::PageBits* words = segment.dead_.load(std::memory_order_seq_cst);
+    if (words == nullptr) {
+        return runs;
+    }
+    for (uint32_t page = 0; page < kSegmentPages; ++page) {
+        const uint64_t word = words[page / 64].load(std::memory_order_seq_cst);
+        if (word == 0) {
+            page += 63 - page % 64;
+            continue;
+        }
+        if ((word >> (page % 64) & 1) == 0) {
+            continue;
+        }
+        if (!runs.empty() && runs.back().end() == page) {
+            ++runs.back().pages;
+        } else {
+            runs.push_back({page, 1});
+        }
+    }
+    return runs;
+}
+
+void SegmentSet::set_gone(Segment& segment) {
+    {
+        const std::unique_lock lock(segment.mutex_);
+        segment.gone_.store(true, std::memory_order_seq_cst);
+        segment.file_ = nullptr;
+        segment.footer_ = nullptr;
+        segment.footer_entries_ = {};
+        segment.entries_ = {};
+        segment.in_memory_ = false;
+        segment.dead_members_ = {};
+        segment.damaged_ = {};
+        segment.metadata_damage_.clear();
+    }
+    const std::lock_guard guard(cache_mutex_);
+    std::erase(open_files_, &segment);
+    std::erase(mapped_footers_, &segment);
+}
+
+void SegmentSet::add_damaged(Segment& segment, const Entry& entry) {
+    const std::unique_lock lock(segment.mutex_);
+    segment.clear_verified(entry.page, entry.pages());
+    const EntryPlace place = place_of(entry);
+    const auto at = std::ranges::lower_bound(segment.damaged_, place);
+    if (!segment.is_dead(entry) && (at == segment.damaged_.end() || *at != place)) {
+        segment.damaged_.insert(at, place);
+        damage_version_.fetch_add(1, std::memory_order_acq_rel);
+    }
+}
+
+Result<std::vector<ChunkId>> SegmentSet::damaged_ids(Segment& segment, uint32_t page,
+                                                     uint32_t pages) {
+    std::vector<ChunkId> ids;
+    STELLARIUM_TRY(with_entries(segment, [&](std::span<const Entry> entries) {
+        for (const EntryPlace place : segment.damaged_) {
+            if ((place >> 16) >= page + pages) {
+                break;
+            }
+            for (auto it = first_at(entries, place >> 16);
+                 it != entries.end() && it->page.get() == place >> 16; ++it) {
+                if (place_of(*it) == place && it->page.get() + it->pages() > page) {
+                    ids.push_back(it->id);
+                }
+            }
+        }
+    }));
+    return ids;
+}
+
+uint64_t SegmentSet::damaged_count() const {
+    uint64_t count = 0;
+    for (const Segment* segment : all()) {
+        const std::shared_lock lock(segment->mutex_);
+        count += segment->damaged_.size();
+    }
+    return count;
 }
 
 std::string SegmentSet::metadata_damage(Segment& segment) {
@@ -661,6 +902,9 @@ Result<void> SegmentSet::read_pages(Segment& segment, uint32_t page, std::span<c
         return fail(ErrorCode::kInvalidArgument,
                     fmt::format("{}: {} pages from page {} on reach past a segment's end",
                                 path(segment.number()), pages, page));
+    }
+    if (segment.any_dead(page, static_cast<uint32_t>(pages))) {
+        return stale(segment, page);
     }
     const bool checked =
         check == ReadCheck::kFirst && segment.is_verified(page, static_cast<uint32_t>(pages));
@@ -723,6 +967,7 @@ Result<void> SegmentSet::read_checked(Segment& segment, uint32_t page,
         hash_many(inputs, hashes);
         for (size_t i = 0; i < chunks.size(); ++i) {
             if (hashes[i] != chunks[i].id) {
+                add_damaged(segment, chunks[i]);
                 return fail(ErrorCode::kCorrupt, mismatch(open_file->path(), chunks[i], hashes[i]));
             }
             segment.set_verified(chunks[i].page, chunks[i].pages());
@@ -747,6 +992,7 @@ Result<void> SegmentSet::read_object(Segment& segment, const Entry& entry,
     aux.clear();
     const auto check = [&](Bytes bytes) -> Result<void> {
         if (const Hash256 found = hash(bytes); found != entry.id) {
+            add_damaged(segment, entry);
             return fail(ErrorCode::kCorrupt, mismatch(open_file->path(), entry, found));
         }
         chunks_verified_.fetch_add(1, std::memory_order_relaxed);

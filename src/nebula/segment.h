@@ -7,9 +7,11 @@
 //
 // Thread rule: SegmentSet and Segment may be used from any thread at the same time, except that a
 // segment grows from one thread at a time (the store's append lock).
-// Ownership: a Segment lives as long as its SegmentSet.
+// Ownership: a Segment lives as long as its SegmentSet, also when its file is gone. What garbage
+// collection declared dead is not found any more; whoever may still be reading it must hold a pin
+// that the collection waits for before the bytes go (reader_gate.h).
 // Errors: kCorrupt names file, offset, id and reason; kIo is the system's; kWouldBlock only from
-// no-wait reads.
+// no-wait reads; kStale for pages that are dead.
 //
 //     Segment* segment = segments.find(address.segment());
 //     auto entry = segments.entry_at(*segment, address.page(), id);
@@ -33,6 +35,7 @@
 
 #include "base/error.h"
 #include "io/io.h"
+#include "nebula/dead_map.h"
 #include "nebula/format.h"
 #include "nebula/types.h"
 
@@ -75,9 +78,10 @@ enum class DataCheck : uint8_t {
 };
 
 /// Reads the batch at `page`. kCorrupt: there is none, with the reason; damaged data is no error
-/// but listed. Other codes: the file could not be read, which says nothing about the batch.
+/// but listed. Other codes: the file could not be read, which says nothing about the batch. What
+/// lies in the runs `dead` is neither read nor judged, and dead packs have no members.
 Result<ScannedBatch> read_batch(io::File& file, const StoreId& store_id, uint32_t segment,
-                                uint32_t page, DataCheck check);
+                                uint32_t page, DataCheck check, std::span<const PageRun> dead = {});
 /// Its header pages, checked; for replay and dumps.
 Result<std::vector<std::byte>> read_batch_header(io::File& file, const StoreId& store_id,
                                                  uint32_t segment, uint32_t page);
@@ -104,12 +108,35 @@ class Segment {
     bool is_verified(uint32_t page, uint32_t pages) const;
     void set_verified(uint32_t page, uint32_t pages);
 
+    /// True when one of the pages is dead, or the file gone. Never blocks.
+    bool any_dead(uint32_t page, uint32_t pages) const;
+    bool is_gone() const { return gone_.load(std::memory_order_seq_cst); }
+
+    /// What the store remembers of freeing this segment. Used by the sweep that runs, or, when none
+    /// does, under the store's checkpoint lock.
+    struct Reclaim {
+        bool whole = false;             ///< Nothing of it is needed: it is to be unlinked.
+        bool recorded_whole = false;    ///< And the newest dead map says so.
+        uint32_t recorded_pages = 0;    ///< Dead pages by the newest dead map.
+        uint64_t unfreed_bytes = 0;     ///< Of those, still taking room.
+        std::vector<PageRun> punched;   ///< Given back already.
+        std::vector<PageRun> recorded;  ///< In the newest dead map.
+    };
+    Reclaim reclaim;
+
   private:
     friend class SegmentSet;
-    static constexpr size_t kVerifiedWords = kSegmentPages / 64;
+    using PageBits = std::atomic<uint64_t>;
+    static constexpr size_t kPageWords = kSegmentPages / 64;
+
+    static PageBits* bits_of(std::atomic<PageBits*>& bits);
+    void clear_verified(uint32_t page, uint32_t pages);
+    /// mutex_ is held.
+    bool is_dead(const Entry& entry) const;
+    bool is_damaged(const Entry& entry) const;
 
     const uint32_t number_;
-    mutable std::shared_mutex mutex_;  ///< Guards all below up to verified_.
+    mutable std::shared_mutex mutex_;  ///< Guards all below up to file_used_.
     std::shared_ptr<io::File> file_;
     bool header_checked_ = false;
     bool in_memory_ = false;  ///< entries_ holds them; else footer_ does, or nothing yet.
@@ -118,15 +145,21 @@ class Segment {
     std::span<const Entry> footer_entries_;
     std::string metadata_damage_;  ///< Why some entries are missing; empty when none are known to.
 
+    std::vector<EntryPlace> dead_members_;  ///< Of packs that are not dead; ascending.
+    std::vector<EntryPlace> damaged_;       ///< Ascending.
+
     std::atomic<bool> file_used_ = false;  ///< Since the cache last looked.
     std::atomic<bool> footer_used_ = false;
-    std::atomic<std::atomic<uint64_t>*> verified_ = nullptr;
+    std::atomic<PageBits*> verified_ = nullptr;
+    std::atomic<PageBits*> dead_ = nullptr;
+    std::atomic<bool> gone_ = false;
 };
 
 /// An entry and its place in its segment's list of entries.
 struct LocatedEntry {
     Entry entry;
     uint32_t ordinal = 0;
+    bool damaged = false;  ///< It failed its check once: nothing may be deduplicated against it.
 };
 
 /// When bytes are checked against their ids.
@@ -140,11 +173,16 @@ class SegmentSet {
     SegmentSet(io::FileSystem& files, std::string directory, const StoreId& store_id);
     ~SegmentSet();
 
+    /// What add() and add_in_memory() know of a segment from the start. Before any of them.
+    void set_dead_map(DeadMap map) { dead_map_ = std::move(map); }
+    /// What that says of a segment, known or not.
+    std::vector<PageRun> known_dead_runs(uint32_t number) const;
+
     /// Null when there is no such segment. Never blocks.
     Segment* find(uint32_t number) const;
     /// Makes a segment known whose file exists; its entries are loaded when needed.
     Segment& add(uint32_t number);
-    /// All known segments, ascending.
+    /// All known segments whose files are not gone, ascending.
     std::vector<Segment*> all() const;
     size_t count() const;
 
@@ -163,12 +201,36 @@ class SegmentSet {
     bool has_open_file(Segment& segment) const;
     std::string path(uint32_t number) const;
 
-    /// The entry of `id` that starts at `page` (packs themselves excluded); nullopt: none.
+    /// The live entry of `id` that starts at `page` (packs themselves excluded); nullopt: none.
     Result<std::optional<LocatedEntry>> entry_at(Segment& segment, uint32_t page,
                                                  const ChunkId& id);
-    /// Calls `visit` for the segment's entries, which are valid during the call only.
+    /// Calls `visit` for the segment's entries, the dead ones too (none when its file is gone).
+    /// They are valid during the call only, which must not call back into this segment.
     Result<void> visit_entries(Segment& segment,
                                const std::function<void(std::span<const Entry>)>& visit);
+    /// The same for a copy of those that are alive, packs with live members included.
+    Result<void> visit_live(Segment& segment,
+                            const std::function<void(std::span<const Entry>)>& visit);
+    /// Calls `visit(ordinal, entry, is_dead)` for those from `first` on, until it returns false.
+    Result<void> visit_each(
+        Segment& segment, uint32_t first,
+        const std::function<bool(uint32_t ordinal, const Entry& entry, bool is_dead)>& visit);
+
+    // Death and damage. What is dead stays dead.
+
+    /// From now on nothing finds these entries, and pages of these runs are not read.
+    void set_dead(Segment& segment, std::span<const Entry> entries, std::span<const PageRun> runs);
+    /// What the dead map says of the segment.
+    DeadSegment dead_parts(Segment& segment);
+    /// Its file is unlinked: forgets descriptor, mapping and entries.
+    void set_gone(Segment& segment);
+    /// Remembers that the entry failed its check, and has its pages checked again when read.
+    void add_damaged(Segment& segment, const Entry& entry);
+    /// The ids of damaged entries that touch these pages.
+    Result<std::vector<ChunkId>> damaged_ids(Segment& segment, uint32_t page, uint32_t pages);
+    uint64_t damaged_count() const;
+    /// Changes with each new damaged entry.
+    uint64_t damage_version() const { return damage_version_.load(std::memory_order_acquire); }
     /// Why entries of this segment may be missing; empty when none are known to be.
     std::string metadata_damage(Segment& segment);
 
@@ -201,6 +263,9 @@ class SegmentSet {
     void note_file_opened(Segment& segment);
     void note_footer_mapped(Segment& segment);
     void warn(std::string sentence);
+    void take_dead_parts(Segment& segment);
+    static std::vector<PageRun> dead_runs(const Segment& segment);
+    std::unexpected<Error> stale(const Segment& segment, uint32_t page) const;
 
     io::FileSystem& files_;
     const std::string directory_;
@@ -214,6 +279,8 @@ class SegmentSet {
     std::mutex warnings_mutex_;
     std::vector<std::string> warnings_;
     std::atomic<uint64_t> chunks_verified_ = 0;
+    std::atomic<uint64_t> damage_version_ = 0;
+    DeadMap dead_map_;
 };
 
 }  // namespace stellarium::nebula

@@ -101,9 +101,10 @@ StoreStats StoreImpl::stats() const {
     StoreStats stats;
     {
         const std::lock_guard guard(state_mutex_);
-        stats.chunks = counters_.chunks;
-        stats.unique_bytes = counters_.unique_bytes;
-        stats.stored_bytes = counters_.stored_bytes;
+        stats.chunks = counters_.chunks - condemned_chunks_;
+        stats.unique_bytes = counters_.unique_bytes - condemned_bytes_;
+        stats.stored_bytes = counters_.stored_bytes + unfreed_bytes_;
+        stats.dead_bytes = reclaimable_bytes_;
         stats.appended_bytes = counters_.appended_bytes;
         stats.duplicate_bytes = counters_.duplicate_bytes + pending_duplicate_bytes_;
         stats.sequence = sequence_.load();
@@ -113,6 +114,7 @@ StoreStats StoreImpl::stats() const {
     stats.segments = segments_->count();
     stats.index_misses_recovered = index_misses_recovered_.load();
     stats.chunks_verified = segments_->chunks_verified();
+    stats.damaged_chunks = segments_->damaged_count();
     return stats;
 }
 

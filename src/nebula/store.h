@@ -133,6 +133,9 @@ struct StoreStats {
     uint64_t durable_sequence = 0;        ///< Last durable batch.
     uint64_t index_misses_recovered = 0;  ///< Index misses that footers answered; should be 0.
     uint64_t chunks_verified = 0;
+    /// Dead by the last collection or dry run since open, and still taking room on the disk.
+    uint64_t dead_bytes = 0;
+    uint64_t damaged_chunks = 0;  ///< Known to be damaged, and not yet dead.
 };
 
 class Store {

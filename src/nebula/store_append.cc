@@ -96,7 +96,7 @@ Result<void> StoreImpl::probe_items(Plan& plan) {
         }
         const Want want = item.kind == EntryKind::kChunk ? Want::kPages : Want::kAny;
         STELLARIUM_ASSIGN(const auto found, confirm(item.id, match.address, want));
-        if (found) {
+        if (found && !found->damaged) {
             item.stored = true;
             item.address = found->address();
             item.ordinal = found->ordinal;
@@ -166,12 +166,20 @@ Result<Appended> StoreImpl::append(WriteBatch& batch, MarkSet* protection) {
     STELLARIUM_TRY(check_batch(batch, record_bytes));
     Plan plan = make_plan(batch);
     const uint64_t probed_at = sequence();
+    const uint64_t condemn_epoch = condemn_epoch_.load();
     STELLARIUM_TRY(probe_items(plan));
     make_units(plan);
 
     const std::lock_guard guard(append_mutex_);
     STELLARIUM_TRY(check_writable());
-    if (sequence() != probed_at && !plan.units.empty()) {
+    if (condemn_epoch_.load() != condemn_epoch) {
+        // What was found may have been condemned since.
+        for (Item& item : plan.items) {
+            item.stored = false;
+        }
+        STELLARIUM_TRY(probe_items(plan));
+        make_units(plan);
+    } else if (sequence() != probed_at && !plan.units.empty()) {
         // Somebody appended in between, perhaps the same chunks.
         const auto missing = std::ranges::count(plan.items, false, &Item::stored);
         STELLARIUM_TRY(probe_items(plan));
@@ -211,6 +219,15 @@ Result<Appended> StoreImpl::append(WriteBatch& batch, MarkSet* protection) {
             {item.address, static_cast<uint8_t>(pages_for(item.content.size()))});
     }
     return out;
+}
+
+Result<void> StoreImpl::append_copies(std::vector<Item> items) {
+    Plan plan;
+    plan.items = std::move(items);
+    make_units(plan);
+    const std::lock_guard guard(append_mutex_);
+    STELLARIUM_TRY(check_writable());
+    return write_plan(plan, WriteBatch(), 0, 0, nullptr);
 }
 
 Result<void> StoreImpl::write_plan(Plan& plan, const WriteBatch& batch, size_t record_bytes,
@@ -345,6 +362,9 @@ Result<void> StoreImpl::write_batch(Plan& plan, std::span<const Unit> units,
         if (units[i].kind != EntryKind::kPack) {
             plan.items[units[i].item].stored = true;
             plan.items[units[i].item].address = placed[i];
+        }
+        for (const size_t member : units[i].members) {
+            plan.items[member].stored = true;
         }
     }
     active_.entries += entries.size();

@@ -1,6 +1,10 @@
 #include <algorithm>
 #include <bit>
 #include <cassert>
+#include <chrono>
+#include <deque>
+#include <thread>
+#include <unordered_map>
 #include <utility>
 
 #include "nebula/liveness.h"
@@ -119,17 +123,51 @@ class CollectionImpl final : public Collection {
     Result<CollectionReport> sweep(const SweepOptions& options) override;
 
   private:
+    /// A segment as the marks leave it.
+    struct Found {
+        SegmentLiveness liveness;
+        uint64_t dead_before = 0;  ///< Entries that were dead already; counted as dead in liveness.
+        uint64_t dead_bytes_before = 0;
+        uint32_t dead_pages_before = 0;
+        bool can_be_emptied = false;  ///< Closed, and all its entries are known.
+    };
+    /// Counts bytes, and makes time pass for them.
+    class Pace {
+      public:
+        explicit Pace(const SweepOptions& options) : options_(options) {}
+        /// kCancelled when that was asked for.
+        Result<void> spend(uint64_t bytes);
+
+      private:
+        const SweepOptions& options_;
+    };
+
     Result<void> check_marking() const;
-    /// What is alive of the segment's entries before the position.
-    Result<SegmentLiveness> liveness(Segment& segment, double sparse_below);
-    /// The last page that this collection looks at in this segment, plus one.
-    uint32_t end_page_in(uint32_t segment) const;
+    /// The last page that this collection looks at in this segment, plus one; 0: none.
+    uint32_t end_page_in(const Segment& segment) const;
+    /// Marked, or kept by whatever protection there is; append_mutex_ is held.
+    MarkSet::Bits live_in(uint32_t segment) const;
+    Result<Found> look_at(Segment& segment, const MarkSet::Bits& live, double sparse_below);
+    Result<CollectionReport> count(const SweepOptions& options);
+
+    Result<void> move_sparse(const SweepOptions& options, Pace& pace);
+    Result<void> move_entries(Segment& segment, const std::vector<uint32_t>& ordinals, Pace& pace);
+    Result<void> condemn(Segment& segment);
+    Result<void> condemn_slice(Segment& segment, const std::vector<LocatedEntry>& dead);
+    /// After the last slice: dead pages, and whether the segment as a whole is dead.
+    Result<void> settle(Segment& segment, double sparse_below);
+    Result<void> free_condemned(Pace& pace);
 
     StoreImpl& store_;
     MarkSet marks_;
     uint32_t end_segment_ = 0;  ///< The position; 0: not fixed yet.
     uint32_t end_page_ = 0;
     bool swept_ = false;
+    CollectionReport report_;
+    std::unordered_map<uint32_t, MarkSet::Bits> moved_;  ///< By segment: what has a copy now.
+    uint64_t erased_pairs_ = 0;
+    bool anything_new_ = false;  ///< The newest dead map does not name all that is dead.
+    uint64_t reclaimable_bytes_ = 0;
 };
 
 Result<std::unique_ptr<Collection>> StoreImpl::begin_collection() {
@@ -151,11 +189,11 @@ Result<void> CollectionImpl::fix_position() {
     return {};
 }
 
-uint32_t CollectionImpl::end_page_in(uint32_t segment) const {
-    if (segment < end_segment_) {
+uint32_t CollectionImpl::end_page_in(const Segment& segment) const {
+    if (segment.number() < end_segment_) {
         return kSegmentPages;
     }
-    return segment == end_segment_ ? end_page_ : 0;
+    return segment.number() == end_segment_ ? end_page_ : 0;
 }
 
 Result<void> CollectionImpl::check_marking() const {
@@ -211,46 +249,366 @@ Result<std::optional<SparseChunk>> CollectionImpl::sparse(const ChunkId& id,
     return SparseChunk{.id = id, .live_pages = live, .pages = static_cast<uint8_t>(pages)};
 }
 
-Result<SegmentLiveness> CollectionImpl::liveness(Segment& segment, double sparse_below) {
-    const uint32_t number = segment.number();
-    MarkSet::Bits live = marks_.live(number);
-    {
-        const std::lock_guard guard(store_.append_mutex_);
-        for (const MarkSet* protection : store_.protections_) {
-            live.merge(protection->live(number));
+// ---- Sweeping ---------------------------------------------------------------------------------
+
+namespace {
+
+/// Entries that are condemned within one hold of the append lock.
+constexpr size_t kCondemnSlice = 1024;
+/// Content that is moved by one append.
+constexpr uint64_t kMoveBytes = uint64_t{1} << 20;
+/// The longest sleep between two looks at whether to stop.
+constexpr std::chrono::milliseconds kLongestPause{50};
+
+}  // namespace
+
+Result<void> CollectionImpl::Pace::spend(uint64_t bytes) {
+    std::chrono::nanoseconds left{};
+    if (options_.rate_bytes_per_second > 0) {
+        left = std::chrono::nanoseconds(
+            static_cast<int64_t>(1e9 * static_cast<double>(bytes) /
+                                 static_cast<double>(options_.rate_bytes_per_second)));
+    }
+    while (true) {
+        if (options_.cancelled && options_.cancelled()) {
+            return fail(ErrorCode::kCancelled, "the garbage collection was cancelled");
+        }
+        if (left <= std::chrono::nanoseconds(0)) {
+            return {};
+        }
+        const auto pause = std::min<std::chrono::nanoseconds>(left, kLongestPause);
+        std::this_thread::sleep_for(pause);
+        left -= pause;
+    }
+}
+
+MarkSet::Bits CollectionImpl::live_in(uint32_t segment) const {
+    MarkSet::Bits live = marks_.live(segment);
+    for (const MarkSet* protection : store_.protections_) {
+        live.merge(protection->live(segment));
+    }
+    return live;
+}
+
+Result<CollectionImpl::Found> CollectionImpl::look_at(Segment& segment, const MarkSet::Bits& live,
+                                                      double sparse_below) {
+    Found out;
+    const uint32_t end_page = end_page_in(segment);
+    std::vector<bool> dead;
+    STELLARIUM_TRY(store_.segments_->visit_each(
+        segment, 0, [&](uint32_t /*ordinal*/, const Entry& entry, bool is_dead) {
+            if (entry.page.get() >= end_page) {
+                return false;
+            }
+            dead.push_back(is_dead);
+            if (is_dead && entry.entry_kind() != EntryKind::kPack) {
+                ++out.dead_before;
+                out.dead_bytes_before += entry.length.get();
+            }
+            return true;
+        }));
+    STELLARIUM_TRY(store_.segments_->visit_entries(segment, [&](std::span<const Entry> entries) {
+        out.liveness = liveness_of(entries, end_page, sparse_below, [&](uint32_t ordinal) {
+            return ordinal >= dead.size() ||
+                   (!dead[ordinal] &&
+                    (entries[ordinal].entry_kind() == EntryKind::kPack || live.test(ordinal)));
+        });
+    }));
+    for (const PageRun& run : store_.segments_->dead_parts(segment).runs) {
+        out.dead_pages_before += run.pages;
+    }
+    // Of a segment with unreadable parts nobody knows what else it holds.
+    out.can_be_emptied =
+        segment.number() < end_segment_ && store_.segments_->metadata_damage(segment).empty();
+    return out;
+}
+
+Result<CollectionReport> CollectionImpl::count(const SweepOptions& options) {
+    Pace pace(options);
+    for (Segment* segment : store_.segments_->all()) {
+        STELLARIUM_TRY(pace.spend(0));
+        MarkSet::Bits live;
+        {
+            const std::lock_guard guard(store_.append_mutex_);
+            live = live_in(segment->number());
+        }
+        STELLARIUM_ASSIGN(const Found found, look_at(*segment, live, options.move_below));
+        report_.segments += 1;
+        report_.live_chunks += found.liveness.live_entries;
+        report_.live_bytes += found.liveness.live_bytes;
+        report_.dead_chunks += found.liveness.dead_entries - found.dead_before;
+        report_.dead_bytes += found.liveness.dead_bytes - found.dead_bytes_before;
+        reclaimable_bytes_ += found.liveness.dead_member_bytes;
+        if (found.can_be_emptied && !found.liveness.has_live) {
+            report_.segments_freed += 1;
+            STELLARIUM_ASSIGN(const uint32_t pages, store_.file_pages(*segment));
+            report_.freed_bytes += uint64_t{pages - found.dead_pages_before} * kPageBytes;
+        } else if (found.liveness.dead_pages > found.dead_pages_before) {
+            report_.freed_bytes +=
+                uint64_t{found.liveness.dead_pages - found.dead_pages_before} * kPageBytes;
         }
     }
-    SegmentLiveness out;
-    STELLARIUM_TRY(store_.segments_->visit_entries(segment, [&](std::span<const Entry> entries) {
-        out = liveness_of(entries, end_page_in(number), sparse_below,
-                          [&live](uint32_t ordinal) { return live.test(ordinal); });
-    }));
-    return out;
+    reclaimable_bytes_ += report_.freed_bytes;
+    return report_;
 }
 
 Result<CollectionReport> CollectionImpl::sweep(const SweepOptions& options) {
     STELLARIUM_TRY(check_marking());
-    if (!options.dry_run) {
-        return fail(ErrorCode::kUnsupported, "only dry runs can be swept so far");
-    }
+    STELLARIUM_TRY(store_.check_writable());
     swept_ = true;
-    CollectionReport report;
+    const auto note_reclaimable = [this] {
+        const std::lock_guard guard(store_.state_mutex_);
+        store_.reclaimable_bytes_ = reclaimable_bytes_;
+    };
+    if (options.dry_run) {
+        auto counted = count(options);
+        if (counted) {
+            note_reclaimable();
+        }
+        return counted;
+    }
+    const auto set_running = [this](bool running) {
+        const std::lock_guard guard(store_.checkpoint_mutex_);
+        store_.sweep_running_ = running;
+    };
+    set_running(true);
+    Pace pace(options);
+    auto swept = [&]() -> Result<void> {
+        STELLARIUM_TRY(move_sparse(options, pace));
+        // What was moved is durable before what it was moved from may go.
+        STELLARIUM_TRY(store_.sync(store_.sequence()));
+        for (Segment* segment : store_.segments_->all()) {
+            STELLARIUM_TRY(pace.spend(0));
+            STELLARIUM_TRY(condemn(*segment));
+            STELLARIUM_TRY(settle(*segment, options.move_below));
+        }
+        return free_condemned(pace);
+    }();
+    set_running(false);
+    if (!swept) {
+        return std::unexpected(std::move(swept).error());
+    }
+    note_reclaimable();
+    return report_;
+}
+
+/// Copies what is left of segments and packs that are mostly dead, so that they die as a whole.
+Result<void> CollectionImpl::move_sparse(const SweepOptions& options, Pace& pace) {
     for (Segment* segment : store_.segments_->all()) {
-        STELLARIUM_ASSIGN(const SegmentLiveness found, liveness(*segment, options.move_below));
-        report.segments += 1;
-        report.live_chunks += found.live_entries;
-        report.live_bytes += found.live_bytes;
-        report.dead_chunks += found.dead_entries;
-        report.dead_bytes += found.dead_bytes;
-        report.freed_bytes += uint64_t{found.dead_pages} * kPageBytes;
-        const bool all_dead = segment->number() < end_segment_ && found.live_entries == 0 &&
-                              store_.segments_->metadata_damage(*segment).empty();
-        report.segments_freed += all_dead ? 1 : 0;
-        if (options.cancelled && options.cancelled()) {
-            return fail(ErrorCode::kCancelled, "the collection was cancelled");
+        MarkSet::Bits live;
+        {
+            const std::lock_guard guard(store_.append_mutex_);
+            live = live_in(segment->number());
+        }
+        STELLARIUM_ASSIGN(const Found found, look_at(*segment, live, options.move_below));
+        const SegmentLiveness& liveness = found.liveness;
+        const bool empty_it = found.can_be_emptied && liveness.live_entries > 0 &&
+                              static_cast<double>(liveness.end_page - liveness.dead_pages) <
+                                  options.move_below * static_cast<double>(liveness.end_page);
+        std::vector<uint32_t> ordinals;
+        bool in_sparse_pack = false;
+        const uint32_t end_page = end_page_in(*segment);
+        if (!empty_it && liveness.sparse_packs.empty()) {
+            continue;
+        }
+        STELLARIUM_TRY(store_.segments_->visit_each(
+            *segment, 0, [&](uint32_t ordinal, const Entry& entry, bool is_dead) {
+                if (entry.page.get() >= end_page) {
+                    return false;
+                }
+                if (entry.entry_kind() != EntryKind::kMember) {
+                    in_sparse_pack = std::ranges::binary_search(liveness.sparse_packs, ordinal);
+                }
+                if (entry.entry_kind() != EntryKind::kPack && !is_dead && live.test(ordinal) &&
+                    (empty_it || in_sparse_pack)) {
+                    ordinals.push_back(ordinal);
+                }
+                return true;
+            }));
+        auto moved = move_entries(*segment, ordinals, pace);
+        if (!moved && moved.error().code() == ErrorCode::kNoSpace) {
+            // What is dead as it is will make room for the next time.
+            return {};
+        }
+        STELLARIUM_TRY(std::move(moved));
+    }
+    return {};
+}
+
+Result<void> CollectionImpl::move_entries(Segment& segment, const std::vector<uint32_t>& ordinals,
+                                          Pace& pace) {
+    std::deque<std::vector<std::byte>> bytes;  // Content and aux, which items refer to.
+    std::vector<Item> items;
+    std::vector<uint32_t> in_flight;
+    uint64_t batch_bytes = 0;
+    const auto write = [&]() -> Result<void> {
+        STELLARIUM_TRY(store_.append_copies(std::exchange(items, {})));
+        for (const uint32_t ordinal : std::exchange(in_flight, {})) {
+            moved_[segment.number()].set(ordinal);
+        }
+        report_.moved_bytes += batch_bytes;
+        bytes.clear();
+        // Read and written.
+        return pace.spend(2 * std::exchange(batch_bytes, 0));
+    };
+    for (const uint32_t ordinal : ordinals) {
+        Entry entry{};
+        STELLARIUM_TRY(
+            store_.segments_->visit_each(segment, ordinal, [&](uint32_t, const Entry& at, bool) {
+                entry = at;
+                return false;
+            }));
+        std::vector<std::byte>& content = bytes.emplace_back();
+        std::vector<std::byte>& aux = bytes.emplace_back();
+        auto read = store_.segments_->read_object(segment, entry, content, aux);
+        if (!read && read.error().code() == ErrorCode::kCorrupt) {
+            // Damaged, and by now remembered as such: it stays where it is.
+            store_.warn(read.error().message());
+            continue;
+        }
+        STELLARIUM_TRY(std::move(read));
+        batch_bytes += content.size();
+        items.push_back(
+            {.id = entry.id, .content = content, .aux = aux, .kind = entry.entry_kind()});
+        in_flight.push_back(ordinal);
+        if (batch_bytes >= kMoveBytes) {
+            STELLARIUM_TRY(write());
         }
     }
-    return report;
+    return items.empty() ? Result<void>() : write();
+}
+
+/// Declares dead what nothing marked or kept, and what has been copied. Slice by slice, so that
+/// appends wait for a moment only; what they find or write in between is kept.
+Result<void> CollectionImpl::condemn(Segment& segment) {
+    const uint32_t end_page = end_page_in(segment);
+    if (end_page == 0 || !store_.segments_->metadata_damage(segment).empty()) {
+        return {};
+    }
+    const MarkSet::Bits& moved = moved_[segment.number()];
+    uint32_t next = 0;
+    bool more = true;
+    while (more) {
+        std::vector<LocatedEntry> dead;
+        size_t looked = 0;
+        more = false;
+        const std::lock_guard guard(store_.append_mutex_);
+        STELLARIUM_TRY(store_.check_writable());
+        const MarkSet::Bits live = live_in(segment.number());
+        STELLARIUM_TRY(store_.segments_->visit_each(
+            segment, next, [&](uint32_t ordinal, const Entry& entry, bool is_dead) {
+                if (entry.page.get() >= end_page) {
+                    return false;
+                }
+                if (++looked > kCondemnSlice) {
+                    more = true;
+                    return false;
+                }
+                next = ordinal + 1;
+                if (!is_dead && entry.entry_kind() != EntryKind::kPack &&
+                    (!live.test(ordinal) || moved.test(ordinal))) {
+                    dead.push_back({.entry = entry, .ordinal = ordinal});
+                }
+                return true;
+            }));
+        if (!dead.empty()) {
+            STELLARIUM_TRY(condemn_slice(segment, dead));
+        }
+    }
+    return {};
+}
+
+Result<void> CollectionImpl::condemn_slice(Segment& segment,
+                                           const std::vector<LocatedEntry>& dead) {
+    std::vector<Entry> entries;
+    uint64_t bytes = 0;
+    for (const LocatedEntry& found : dead) {
+        entries.push_back(found.entry);
+        bytes += found.entry.length.get();
+    }
+    store_.condemn_epoch_.fetch_add(1);
+    store_.segments_->set_dead(segment, entries, {});
+    {
+        const std::lock_guard guard(store_.state_mutex_);
+        store_.condemned_chunks_ += entries.size();
+        store_.condemned_bytes_ += bytes;
+    }
+    const MarkSet::Bits& moved = moved_[segment.number()];
+    for (const LocatedEntry& found : dead) {
+        const PageAddress address = PageAddress::make(segment.number(), found.entry.page.get());
+        STELLARIUM_ASSIGN(const bool erased, store_.with_index([&] {
+            return store_.index_->erase(found.entry.id, address);
+        }));
+        erased_pairs_ += erased ? 1 : 0;
+        if (!moved.test(found.ordinal)) {
+            report_.dead_chunks += 1;
+            report_.dead_bytes += found.entry.length.get();
+            continue;
+        }
+        // Whoever protects it protects the copy from now on.
+        const auto want = found.entry.entry_kind() == EntryKind::kChunk ? StoreImpl::Want::kPages
+                                                                        : StoreImpl::Want::kAny;
+        for (MarkSet* protection : store_.protections_) {
+            if (protection->is_live(segment.number(), found.ordinal)) {
+                STELLARIUM_ASSIGN(const auto copy, store_.probe(found.entry.id, want));
+                assert(copy);
+                protection->keep(copy->segment->number(), copy->ordinal);
+            }
+        }
+    }
+    return {};
+}
+
+Result<void> CollectionImpl::settle(Segment& segment, double sparse_below) {
+    // Nothing dead comes back to life, so no lock is needed to see what is left.
+    MarkSet::Bits everything;
+    uint32_t entries = 0;
+    STELLARIUM_TRY(store_.segments_->visit_entries(
+        segment, [&](std::span<const Entry> all) { entries = static_cast<uint32_t>(all.size()); }));
+    for (uint32_t ordinal = 0; ordinal < entries; ++ordinal) {
+        everything.set(ordinal);
+    }
+    STELLARIUM_ASSIGN(const Found found, look_at(segment, everything, sparse_below));
+    report_.segments += 1;
+    report_.live_chunks += found.liveness.live_entries;
+    report_.live_bytes += found.liveness.live_bytes;
+    reclaimable_bytes_ += found.liveness.dead_member_bytes;
+    if (found.liveness.dead_pages > found.dead_pages_before) {
+        store_.segments_->set_dead(segment, {}, found.liveness.dead_runs);
+    }
+    Segment::Reclaim& reclaim = segment.reclaim;
+    reclaim.whole = found.can_be_emptied && !found.liveness.has_live;
+    anything_new_ = anything_new_ || (reclaim.whole && !reclaim.recorded_whole) ||
+                    found.liveness.dead_pages > reclaim.recorded_pages;
+    return {};
+}
+
+Result<void> CollectionImpl::free_condemned(Pace& pace) {
+    {
+        const std::lock_guard checkpoint_guard(store_.checkpoint_mutex_);
+        const std::lock_guard state_guard(store_.state_mutex_);
+        const bool unfinished =
+            store_.superblock_.dead_map_generation != 0 && store_.superblock_.dead_map_freed == 0;
+        if (!anything_new_ && !unfinished && store_.condemned_chunks_ == 0) {
+            return {};
+        }
+    }
+    auto recorded = store_.record_dead(erased_pairs_);
+    if (!recorded && recorded.error().code() == ErrorCode::kNoSpace) {
+        STELLARIUM_ASSIGN(const bool made_room,
+                          store_.free_unrecorded(report_.segments_freed, report_.freed_bytes));
+        if (made_room) {
+            recorded = store_.record_dead(erased_pairs_);
+        }
+    }
+    STELLARIUM_TRY(std::move(recorded));
+    STELLARIUM_TRY(store_.free_recorded(
+        [&](uint64_t bytes) {
+            report_.freed_bytes += bytes;
+            return pace.spend(bytes);
+        },
+        report_.segments_freed));
+    return store_.record_freed();
 }
 
 }  // namespace stellarium::nebula

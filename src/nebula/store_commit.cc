@@ -98,7 +98,7 @@ Result<void> StoreImpl::sync_footers() {
 }
 
 /// Writes the index anew when it is time to, and says so in `slot`.
-Result<void> StoreImpl::write_index(SuperblockSlot& slot) {
+Result<void> StoreImpl::write_index(SuperblockSlot& slot, uint64_t dead_pairs) {
     uint64_t appended = 0;
     uint32_t first_segment_beyond = 0;
     uint64_t last_sequence = 0;
@@ -114,7 +114,8 @@ Result<void> StoreImpl::write_index(SuperblockSlot& slot) {
     const uint64_t grown = appended - slot.index_appended_bytes;
     const uint64_t enough =
         std::min(kMaxLogBytesBeyondIndex, index_bytes_written_ * options_.index_rewrite_factor);
-    if (grown == 0 || grown < enough) {
+    const bool much_is_dead = dead_pairs > index_->size() / 4;
+    if (!much_is_dead && (grown == 0 || grown < enough)) {
         return {};
     }
     const uint32_t generation = slot.index_generation + 1;
@@ -186,6 +187,27 @@ Result<void> StoreImpl::write_superblock(const SuperblockSlot& slot) {
     return {};
 }
 
+Result<void> StoreImpl::publish(SuperblockSlot& slot) {
+    const SuperblockSlot old = superblock_;
+    const bool other_map = old.dead_map_generation != slot.dead_map_generation;
+    for (int i = 0; i < (other_map ? 2 : 1); ++i) {
+        slot.generation = superblock_.generation + 1;
+        seal(slot);
+        STELLARIUM_TRY(write_superblock(slot));
+        superblock_ = slot;
+    }
+    // Left behind, they cost space until the next open.
+    if (old.index_generation != 0 && old.index_generation != slot.index_generation) {
+        [[maybe_unused]] const auto best_effort =
+            files_.remove(join_path(directory_, index_file_name(old.index_generation)));
+    }
+    if (old.dead_map_generation != 0 && other_map) {
+        [[maybe_unused]] const auto best_effort =
+            files_.remove(join_path(directory_, dead_map_file_name(old.dead_map_generation)));
+    }
+    return {};
+}
+
 Result<void> StoreImpl::checkpoint(uint64_t sequence, Bytes payload) {
     STELLARIUM_TRY(check_writable());
     if (payload.size() > kMaxCheckpointPayload) {
@@ -203,24 +225,21 @@ Result<void> StoreImpl::checkpoint(uint64_t sequence, Bytes payload) {
     SuperblockSlot slot = superblock_;
     STELLARIUM_TRY(sync(this->sequence()));
     STELLARIUM_TRY(sync_footers());
-    STELLARIUM_TRY(write_index(slot));
+    STELLARIUM_TRY(write_index(slot, 0));
+    if (!sweep_running_ && segments_->damage_version() != recorded_damage_version_) {
+        // A full disk must not stop checkpoints; the damage will be found again.
+        auto written = write_dead_map(slot);
+        if (!written && written.error().code() != ErrorCode::kNoSpace) {
+            return written;
+        }
+    }
     fill_position(slot, sequence);
-    slot.generation = slot.generation + 1;
     slot.payload = {};
     slot.payload_bytes = static_cast<uint32_t>(payload.size());
     if (!payload.empty()) {
         std::memcpy(slot.payload.data(), payload.data(), payload.size());
     }
-    seal(slot);
-    STELLARIUM_TRY(write_superblock(slot));
-
-    const uint32_t old_index = superblock_.index_generation;
-    superblock_ = slot;
-    if (old_index != 0 && old_index != slot.index_generation) {
-        // Left behind, it costs space until the next open.
-        [[maybe_unused]] const auto best_effort =
-            files_.remove(join_path(directory_, index_file_name(old_index)));
-    }
+    STELLARIUM_TRY(publish(slot));
     const std::lock_guard guard(state_mutex_);
     checkpoint_appended_bytes_ = slot.appended_bytes;
     while (!batches_.empty() && batches_.front().sequence <= sequence) {

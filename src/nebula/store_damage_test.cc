@@ -210,7 +210,7 @@ TEST(NewerSuperblock, IsRefusedOrReadOnlyByItsWords) {
     };
     for (const Error& error :
          {refused([](auto& slot) { slot.read_version = 2; }),
-          refused([](auto& slot) { slot.features_refuse = 1; }),
+          refused([](auto& slot) { slot.features_refuse = 2; }),
           // A newer format may have changed everything behind the feature words.
           refused([](auto& slot) {
               slot.read_version = 9;

@@ -4,7 +4,8 @@
 //   store_lookup.cc  from an id to an entry and its bytes; repair of the index
 //   store_append.cc  deduplicate, lay out, write
 //   store_commit.cc  sync, checkpoint
-//   store_collect.cc garbage collection: barrier, protections, marking, sweep
+//   store_collect.cc garbage collection: protections, marking, sweep
+//   store_reclaim.cc the dead map, and giving back what it names
 //   store.cc         the rest: batches, replay, state, close
 //
 // Thread rule: as store.h. Locks are taken in this order: checkpoint_mutex_, append_mutex_,
@@ -29,6 +30,7 @@
 #include "nebula/format.h"
 #include "nebula/index.h"
 #include "nebula/marks.h"
+#include "nebula/reader_gate.h"
 #include "nebula/recovery.h"
 #include "nebula/segment.h"
 #include "nebula/store.h"
@@ -133,6 +135,7 @@ class StoreImpl final : public Store {
         Segment* segment = nullptr;
         Entry entry;
         uint32_t ordinal = 0;
+        bool damaged = false;
         PageAddress address() const {
             return PageAddress::make(segment->number(), entry.page.get());
         }
@@ -163,6 +166,7 @@ class StoreImpl final : public Store {
 
     // Opening.
     Result<void> read_superblock();
+    Result<void> open_dead_map();
     Result<void> open_segments();
     Result<void> apply_recovery(RecoveredLog& log);
     Result<void> open_index();
@@ -175,6 +179,8 @@ class StoreImpl final : public Store {
     Result<void> probe_items(Plan& plan);
     Result<void> find_stored(std::span<const ChunkId> ids,
                              const std::function<void(size_t, const Found&)>& found);
+    Result<void> healed_or(Result<void> error, Segment& segment, uint32_t page,
+                           std::span<const iovec> into);
     Result<void> audit_index();
     Result<void> repair_index();
     template <typename Call>
@@ -192,6 +198,8 @@ class StoreImpl final : public Store {
                             uint64_t duplicate_bytes, MarkSet* protection);
     Result<void> write_batch(Plan& plan, std::span<const Unit> units, const WriteBatch* records,
                              size_t record_bytes, uint64_t duplicate_bytes, MarkSet* protection);
+    /// Appends without looking for duplicates; for copies of what is stored.
+    Result<void> append_copies(std::vector<Item> items);
     /// Has the collection that runs, if any, and the protection, if any, keep this entry.
     void keep(uint32_t segment, uint32_t ordinal, MarkSet* protection);
     Result<void> start_segment();
@@ -199,9 +207,33 @@ class StoreImpl final : public Store {
 
     // Checkpoints; checkpoint_mutex_ is held.
     Result<void> sync_footers();
-    Result<void> write_index(SuperblockSlot& slot);
+    /// When it is time to, or when `dead_pairs`, erased since, make up much of the old one.
+    Result<void> write_index(SuperblockSlot& slot, uint64_t dead_pairs);
     void fill_position(SuperblockSlot& slot, uint64_t sequence);
     Result<void> write_superblock(const SuperblockSlot& slot);
+    /// Makes `slot` the newest generation; both generations, when it names another dead map. Then
+    /// removes the files that are named no more.
+    Result<void> publish(SuperblockSlot& slot);
+
+    // Reclaiming; by the sweep that runs, or with checkpoint_mutex_ held when none does.
+    /// Writes what is dead and damaged into a new dead map, which `slot` names then, and takes it
+    /// off the counters. checkpoint_mutex_ is held.
+    Result<void> write_dead_map(SuperblockSlot& slot);
+    /// The whole of it: sync, map, superblock. `dead_pairs`: see write_index.
+    Result<void> record_dead(uint64_t dead_pairs);
+    /// Unlinks and punches what the dead map names, and says so in the superblock. `freed(bytes)`
+    /// is called after each step and may fail to stop it.
+    Result<void> free_recorded(const std::function<Result<void>(uint64_t bytes)>& freed,
+                               uint64_t& segments_freed);
+    /// Says in the superblock that nothing that the dead map names takes room any more.
+    Result<void> record_freed();
+    /// False: there was nothing.
+    Result<bool> free_unrecorded(uint64_t& segments_freed, uint64_t& freed_bytes);
+    Result<uint32_t> file_pages(Segment& segment);
+    Result<void> unlink_segment(Segment& segment);
+    Result<void> punch_segment(Segment& segment);
+    void subtract_from_counters(uint64_t chunks, uint64_t unique_bytes, uint64_t stored_bytes);
+    Result<void> finish_reclaim();
 
     Result<void> check_usable() const;
     Result<void> check_writable() const;
@@ -226,12 +258,19 @@ class StoreImpl final : public Store {
     std::mutex checkpoint_mutex_;  ///< One checkpoint at a time; guards superblock_ after open.
     SuperblockSlot superblock_{};
     uint64_t index_bytes_written_ = 0;
+    bool sweep_running_ = false;
+    uint64_t recorded_damage_version_ = 0;
+    std::vector<uint32_t> whole_dead_files_;  ///< Segments to be unlinked that were never opened.
 
     std::mutex append_mutex_;  ///< Layout and write of batches: one at a time, in sequence order.
     Active active_;
     uint32_t last_segment_ = 0;
     MarkSet* collection_marks_ = nullptr;  ///< Of the collection that runs; null: none does.
     std::vector<MarkSet*> protections_;
+    /// Changes when entries are condemned: what was found before may be dead then.
+    std::atomic<uint64_t> condemn_epoch_ = 0;
+
+    ReaderGate gate_;  ///< Held while bytes of segments are read that a collection may free.
 
     std::mutex repair_mutex_;  ///< One index repair or audit at a time.
     std::atomic<bool> index_audited_ = false;
@@ -251,6 +290,10 @@ class StoreImpl final : public Store {
     uint64_t segments_created_ = 0;
     uint64_t segments_created_synced_ = 0;
     std::vector<PendingFooter> pending_footers_;  ///< Not yet written, or not yet synced.
+    uint64_t condemned_chunks_ = 0;               ///< Not in the newest dead map yet.
+    uint64_t condemned_bytes_ = 0;
+    uint64_t unfreed_bytes_ = 0;      ///< Named by the dead map, and not yet given back.
+    uint64_t reclaimable_bytes_ = 0;  ///< See StoreStats::dead_bytes.
     std::optional<std::string> read_only_reason_;
     mutable std::vector<std::string> warnings_;
 };

@@ -36,7 +36,7 @@ Result<void> StoreImpl::repair_index() {
         }
         for (Segment* segment : segments_->all()) {
             Result<void> inserted;
-            STELLARIUM_TRY(segments_->visit_entries(*segment, [&](std::span<const Entry> entries) {
+            STELLARIUM_TRY(segments_->visit_live(*segment, [&](std::span<const Entry> entries) {
                 inserted = insert_entries(segment->number(), entries, &shards);
             }));
             STELLARIUM_TRY(std::move(inserted));
@@ -54,10 +54,12 @@ Result<std::optional<StoreImpl::Found>> StoreImpl::confirm(const ChunkId& id, Pa
     if (!found || (want == Want::kPages && !found->entry.page_addressable())) {
         return std::nullopt;
     }
-    return Found{segment, found->entry, found->ordinal};
+    return Found{segment, found->entry, found->ordinal, found->damaged};
 }
 
+/// A copy that is known to be damaged is the answer only when there is no other.
 Result<std::optional<StoreImpl::Found>> StoreImpl::probe(const ChunkId& id, Want want) {
+    std::optional<Found> damaged;
     std::vector<PageAddress> candidates;
     STELLARIUM_TRY(with_index([&]() -> Result<void> {
         candidates.clear();
@@ -65,18 +67,21 @@ Result<std::optional<StoreImpl::Found>> StoreImpl::probe(const ChunkId& id, Want
     }));
     for (const PageAddress address : candidates) {
         STELLARIUM_ASSIGN(auto found, confirm(id, address, want));
-        if (found) {
+        if (found && !found->damaged) {
             return found;
         }
+        if (found) {
+            damaged = found;
+        }
     }
-    return std::nullopt;
+    return damaged;
 }
 
 Result<StoreImpl::Found> StoreImpl::find(const ChunkId& id, std::optional<PageAddress> hint,
                                          Want want) {
     if (hint) {
         STELLARIUM_ASSIGN(auto found, confirm(id, *hint, want));
-        if (found) {
+        if (found && !found->damaged) {
             return *found;
         }
     }
@@ -109,7 +114,7 @@ Result<void> StoreImpl::audit_index() {
     uint64_t recovered = 0;
     for (Segment* segment : segments_->all()) {
         Result<void> inserted;
-        STELLARIUM_TRY(segments_->visit_entries(*segment, [&](std::span<const Entry> entries) {
+        STELLARIUM_TRY(segments_->visit_live(*segment, [&](std::span<const Entry> entries) {
             for (const Entry& entry : entries) {
                 if (entry.entry_kind() == EntryKind::kPack) {
                     continue;
@@ -146,7 +151,7 @@ Result<void> StoreImpl::find_stored(std::span<const ChunkId> ids,
         if (!done[match.id_index]) {
             STELLARIUM_ASSIGN(const auto confirmed,
                               confirm(ids[match.id_index], match.address, Want::kAny));
-            if (confirmed) {
+            if (confirmed && !confirmed->damaged) {
                 done[match.id_index] = true;
                 found(match.id_index, *confirmed);
             }
@@ -170,18 +175,47 @@ Result<ChunkLocation> StoreImpl::resolve(const ChunkId& id, std::optional<PageAd
 
 Result<void> StoreImpl::read(PageAddress address, std::span<const iovec> into, bool no_wait) {
     STELLARIUM_TRY(check_usable());
+    const ReaderGate::Pin pin = gate_.enter();
     Segment* segment = segments_->find(address.segment());
     if (segment == nullptr) {
-        return fail(ErrorCode::kInvalidArgument,
-                    fmt::format("there is no segment {}", address.segment()));
+        return fail(ErrorCode::kStale,
+                    fmt::format("there is no segment {} (any more): look the chunk up by its id",
+                                address.segment()));
     }
-    return segments_->read_pages(*segment, address.page(), into,
-                                 options_.verify_always ? ReadCheck::kAlways : ReadCheck::kFirst,
-                                 no_wait);
+    auto done = segments_->read_pages(
+        *segment, address.page(), into,
+        options_.verify_always ? ReadCheck::kAlways : ReadCheck::kFirst, no_wait);
+    if (!done && done.error().code() == ErrorCode::kCorrupt) {
+        return healed_or(std::move(done), *segment, address.page(), into);
+    }
+    return done;
+}
+
+/// When the damaged chunks have all been stored again since, the address is stale, no more.
+Result<void> StoreImpl::healed_or(Result<void> error, Segment& segment, uint32_t page,
+                                  std::span<const iovec> into) {
+    size_t bytes = 0;
+    for (const iovec& part : into) {
+        bytes += part.iov_len;
+    }
+    const auto damaged =
+        segments_->damaged_ids(segment, page, static_cast<uint32_t>(bytes / kPageBytes));
+    if (!damaged || damaged->empty()) {
+        return error;
+    }
+    for (const ChunkId& id : *damaged) {
+        const auto other = probe(id, Want::kPages);
+        if (!other || !*other || (*other)->damaged) {
+            return error;
+        }
+    }
+    return fail(ErrorCode::kStale, fmt::format("{}; it was stored again: look it up by its id",
+                                               error.error().message()));
 }
 
 Result<ObjectBytes> StoreImpl::get_object(const ChunkId& id, std::optional<PageAddress> hint) {
     STELLARIUM_TRY(check_usable());
+    const ReaderGate::Pin pin = gate_.enter();
     STELLARIUM_ASSIGN(const Found found, find(id, hint, Want::kAny));
     ObjectBytes out;
     STELLARIUM_TRY(segments_->read_object(*found.segment, found.entry, out.content, out.aux));

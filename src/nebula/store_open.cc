@@ -157,8 +157,10 @@ Result<void> StoreImpl::open() {
     }
     STELLARIUM_TRY(read_superblock());
     segments_ = std::make_unique<SegmentSet>(files_, directory_, store_id_);
+    STELLARIUM_TRY(open_dead_map());
     STELLARIUM_TRY(open_segments());
     STELLARIUM_TRY(open_index());
+    STELLARIUM_TRY(finish_reclaim());
     return remove_leftovers();
 }
 
@@ -220,7 +222,9 @@ Result<void> StoreImpl::open_segments() {
     for (const io::DirectoryEntry& entry : entries) {
         const auto number = parse_segment_file_name(entry.name);
         if (number && !entry.is_directory) {
-            numbers.push_back(*number);
+            if (!std::ranges::binary_search(whole_dead_files_, *number)) {
+                numbers.push_back(*number);
+            }
         } else {
             warn(fmt::format("{}/{} is no segment, and is ignored", directory, entry.name));
         }
@@ -335,7 +339,7 @@ Result<void> StoreImpl::open_index() {
         }
         const auto insert = [&]() -> Result<void> {
             Result<void> inserted;
-            STELLARIUM_TRY(segments_->visit_entries(*segment, [&](std::span<const Entry> entries) {
+            STELLARIUM_TRY(segments_->visit_live(*segment, [&](std::span<const Entry> entries) {
                 inserted = insert_entries(segment->number(), entries, nullptr);
             }));
             return inserted;
@@ -353,7 +357,9 @@ Result<void> StoreImpl::remove_leftovers() {
     for (const io::DirectoryEntry& entry : entries) {
         const bool index_file = entry.name.starts_with("index-") && entry.name.ends_with(".ckpt") &&
                                 entry.name != index_file_name(superblock_.index_generation);
-        if (index_file || entry.name == kNewSuperblockName) {
+        const bool dead_map = entry.name.starts_with("dead-") && entry.name.ends_with(".map") &&
+                              entry.name != dead_map_file_name(superblock_.dead_map_generation);
+        if (index_file || dead_map || entry.name == kNewSuperblockName) {
             STELLARIUM_TRY(files_.remove(join_path(directory_, entry.name)));
         }
     }

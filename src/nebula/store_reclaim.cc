@@ -1,0 +1,316 @@
+#include <algorithm>
+#include <unordered_map>
+#include <utility>
+
+#include "nebula/dead_map.h"
+#include "nebula/store_impl.h"
+
+namespace stellarium::nebula {
+namespace {
+
+uint32_t pages_in(const std::vector<PageRun>& runs) {
+    uint32_t pages = 0;
+    for (const PageRun& run : runs) {
+        pages += run.pages;
+    }
+    return pages;
+}
+
+}  // namespace
+
+// ---- Opening ----------------------------------------------------------------------------------
+
+/// Without its map the store can be read, because everything is checked against its id, but not
+/// written: what is gone would be found as a duplicate.
+Result<void> StoreImpl::open_dead_map() {
+    if (superblock_.dead_map_generation == 0) {
+        return {};
+    }
+    const std::string path =
+        join_path(directory_, dead_map_file_name(superblock_.dead_map_generation));
+    auto read = [&]() -> Result<DeadMap> {
+        STELLARIUM_ASSIGN(const auto file, files_.open(path, io::OpenMode::kReadOnly));
+        STELLARIUM_ASSIGN(const uint64_t size, file->size_bytes());
+        std::vector<std::byte> bytes(size);
+        STELLARIUM_TRY(io::read_exact(*file, bytes, 0));
+        auto map = decode_dead_map(bytes, store_id_, superblock_.dead_map_generation);
+        if (!map) {
+            return std::unexpected(map.error().with_context(path));
+        }
+        return map;
+    }();
+    if (!read) {
+        if (read.error().code() != ErrorCode::kCorrupt &&
+            read.error().code() != ErrorCode::kNotFound &&
+            read.error().code() != ErrorCode::kUnsupported) {
+            return std::unexpected(std::move(read).error());
+        }
+        const std::string reason =
+            fmt::format("the map of what garbage collection has freed cannot be used: {}",
+                        read.error().message());
+        warn(reason);
+        set_read_only(reason);
+        return {};
+    }
+    for (const auto& [number, segment] : read->segments) {
+        if (segment.whole) {
+            whole_dead_files_.push_back(number);
+        }
+    }
+    segments_->set_dead_map(*std::move(read));
+    return {};
+}
+
+/// A process that died within a collection may have left what its map names.
+Result<void> StoreImpl::finish_reclaim() {
+    const bool all_freed = superblock_.dead_map_freed != 0;
+    for (Segment* segment : segments_->all()) {
+        segment->reclaim.recorded = segments_->dead_parts(*segment).runs;
+        segment->reclaim.recorded_pages = pages_in(segment->reclaim.recorded);
+        if (all_freed) {
+            segment->reclaim.punched = segment->reclaim.recorded;
+        }
+    }
+    segments_->set_dead_map({});
+    recorded_damage_version_ = segments_->damage_version();
+    if (all_freed || superblock_.dead_map_generation == 0 || !writable_.load()) {
+        return {};
+    }
+    const std::lock_guard guard(checkpoint_mutex_);
+    // The older generation may name an older map, or none.
+    SuperblockSlot slot = superblock_;
+    STELLARIUM_TRY(publish(slot));
+    uint64_t segments_freed = 0;
+    auto freed = free_recorded([](uint64_t) -> Result<void> { return {}; }, segments_freed);
+    if (!freed) {
+        // The next collection tries again; until then it costs space.
+        warn(fmt::format("what garbage collection freed before could not all be given back: {}",
+                         freed.error().message()));
+        return {};
+    }
+    slot = superblock_;
+    slot.dead_map_freed = 1;
+    return publish(slot);
+}
+
+Result<void> StoreImpl::record_freed() {
+    const std::lock_guard guard(checkpoint_mutex_);
+    STELLARIUM_TRY(check_writable());
+    SuperblockSlot slot = superblock_;
+    slot.dead_map_freed = 1;
+    return publish(slot);
+}
+
+// ---- Recording --------------------------------------------------------------------------------
+
+void StoreImpl::subtract_from_counters(uint64_t chunks, uint64_t unique_bytes,
+                                       uint64_t stored_bytes) {
+    const auto subtract = [&](Counters& counters) {
+        counters.chunks -= chunks;
+        counters.unique_bytes -= unique_bytes;
+        counters.stored_bytes -= stored_bytes;
+    };
+    const std::lock_guard guard(state_mutex_);
+    subtract(counters_);
+    // All of it lies before the newest checkpoint, so it was counted in each of these.
+    for (BatchPosition& batch : batches_) {
+        subtract(batch.before);
+    }
+}
+
+Result<void> StoreImpl::write_dead_map(SuperblockSlot& slot) {
+    const uint64_t damage_version = segments_->damage_version();
+    DeadMap map{.generation = superblock_.dead_map_generation + 1, .segments = {}};
+    for (const uint32_t number : whole_dead_files_) {
+        map.segments[number].whole = true;
+    }
+    bool all_freed = whole_dead_files_.empty();
+    std::unordered_map<uint32_t, uint32_t> whole_pages;
+    for (Segment* segment : segments_->all()) {
+        DeadSegment parts;
+        if (segment->reclaim.whole) {
+            parts.whole = true;
+            all_freed = false;
+            STELLARIUM_ASSIGN(whole_pages[segment->number()], file_pages(*segment));
+        } else {
+            parts = segments_->dead_parts(*segment);
+            all_freed = all_freed && parts.runs == segment->reclaim.punched;
+        }
+        if (!parts.empty()) {
+            map.segments.emplace(segment->number(), std::move(parts));
+        }
+    }
+    const std::vector<std::byte> bytes = encode_dead_map(store_id_, map);
+    const std::string path = join_path(directory_, dead_map_file_name(map.generation));
+    auto written = [&]() -> Result<void> {
+        STELLARIUM_ASSIGN(const auto file, files_.open(path, io::OpenMode::kCreate));
+        STELLARIUM_TRY(file->truncate(0));
+        STELLARIUM_TRY(io::write_all(*file, Bytes(bytes), 0));
+        STELLARIUM_TRY(file->datasync());
+        return files_.sync_directory(directory_);
+    }();
+    if (!written) {
+        [[maybe_unused]] const auto best_effort = files_.remove(path);
+        return written;
+    }
+    slot.features_refuse = slot.features_refuse | kFeatureDeadMap;
+    slot.dead_map_generation = map.generation;
+    slot.dead_map_freed = all_freed ? 1 : 0;
+    recorded_damage_version_ = damage_version;
+
+    uint64_t newly_dead_bytes = 0;
+    for (const auto& [number, parts] : map.segments) {
+        Segment* segment = segments_->find(number);
+        if (segment == nullptr) {
+            continue;
+        }
+        Segment::Reclaim& reclaim = segment->reclaim;
+        const uint32_t dead_pages = parts.whole ? whole_pages[number] : pages_in(parts.runs);
+        const uint64_t more = uint64_t{dead_pages - reclaim.recorded_pages} * kPageBytes;
+        reclaim.recorded_pages = dead_pages;
+        reclaim.recorded = parts.runs;
+        reclaim.recorded_whole = parts.whole;
+        reclaim.unfreed_bytes += more;
+        newly_dead_bytes += more;
+    }
+    uint64_t chunks = 0;
+    uint64_t unique_bytes = 0;
+    {
+        const std::lock_guard guard(state_mutex_);
+        chunks = std::exchange(condemned_chunks_, 0);
+        unique_bytes = std::exchange(condemned_bytes_, 0);
+        unfreed_bytes_ += newly_dead_bytes;
+    }
+    subtract_from_counters(chunks, unique_bytes, newly_dead_bytes);
+    return {};
+}
+
+Result<void> StoreImpl::record_dead(uint64_t dead_pairs) {
+    const std::lock_guard guard(checkpoint_mutex_);
+    STELLARIUM_TRY(check_writable());
+    SuperblockSlot slot = superblock_;
+    STELLARIUM_TRY(sync(sequence()));
+    STELLARIUM_TRY(sync_footers());
+    STELLARIUM_TRY(write_dead_map(slot));
+    STELLARIUM_TRY(write_index(slot, dead_pairs));
+    fill_position(slot, slot.sequence);
+    return publish(slot);
+}
+
+Result<uint32_t> StoreImpl::file_pages(Segment& segment) {
+    STELLARIUM_ASSIGN(const auto file, segments_->file(segment));
+    STELLARIUM_ASSIGN(const uint64_t size, file->size_bytes());
+    return pages_for(size);
+}
+
+// ---- Freeing ----------------------------------------------------------------------------------
+
+Result<void> StoreImpl::unlink_segment(Segment& segment) {
+    {
+        // Derived data of a segment that goes.
+        const std::lock_guard guard(state_mutex_);
+        std::erase_if(pending_footers_, [&segment](const PendingFooter& footer) {
+            return footer.segment == &segment;
+        });
+    }
+    STELLARIUM_TRY(files_.remove(segments_->path(segment.number())));
+    segments_->set_gone(segment);
+    return {};
+}
+
+/// A punched hole is durable before the superblock says so.
+Result<void> StoreImpl::punch_segment(Segment& segment) {
+    const std::vector<PageRun>& recorded = segment.reclaim.recorded;
+    STELLARIUM_ASSIGN(const auto file,
+                      files_.open(segments_->path(segment.number()), io::OpenMode::kReadWrite));
+    for (const PageRun& run : recorded) {
+        const auto done =
+            std::ranges::lower_bound(segment.reclaim.punched, run.page, {}, &PageRun::page);
+        if (done == segment.reclaim.punched.end() || *done != run) {
+            STELLARIUM_TRY(file->punch_hole(uint64_t{run.page} * kPageBytes,
+                                            uint64_t{run.pages} * kPageBytes));
+        }
+    }
+    if (auto synced = file->datasync(); !synced) {
+        poison(synced.error(), "a sync of the log");
+        return synced;
+    }
+    segment.reclaim.punched = recorded;
+    return {};
+}
+
+/// On a full disk there may be no room for a map. Segments that are dead as a whole can go without
+/// one: no name of theirs is left to be found, and a missing segment is no fault.
+Result<bool> StoreImpl::free_unrecorded(uint64_t& segments_freed, uint64_t& freed_bytes) {
+    gate_.wait();
+    bool unlinked = false;
+    for (Segment* segment : segments_->all()) {
+        Segment::Reclaim& reclaim = segment->reclaim;
+        if (!reclaim.whole || reclaim.recorded_whole) {
+            continue;
+        }
+        STELLARIUM_ASSIGN(const uint32_t pages, file_pages(*segment));
+        STELLARIUM_TRY(unlink_segment(*segment));
+        unlinked = true;
+        ++segments_freed;
+        const uint64_t uncounted = uint64_t{pages - reclaim.recorded_pages} * kPageBytes;
+        const uint64_t unfreed = std::exchange(reclaim.unfreed_bytes, 0);
+        subtract_from_counters(0, 0, uncounted);
+        freed_bytes += uncounted + unfreed;
+        const std::lock_guard guard(state_mutex_);
+        unfreed_bytes_ -= unfreed;
+    }
+    if (unlinked) {
+        if (auto synced = files_.sync_directory(join_path(directory_, kSegmentsName)); !synced) {
+            poison(synced.error(), "a sync of the segments' directory");
+            return std::unexpected(std::move(synced).error());
+        }
+    }
+    return unlinked;
+}
+
+Result<void> StoreImpl::free_recorded(const std::function<Result<void>(uint64_t bytes)>& freed,
+                                      uint64_t& segments_freed) {
+    gate_.wait();
+    bool unlinked = false;
+    const auto free_all = [&]() -> Result<void> {
+        while (!whole_dead_files_.empty()) {
+            const std::string path = segments_->path(whole_dead_files_.back());
+            STELLARIUM_ASSIGN(const bool there, files_.exists(path));
+            if (there) {
+                STELLARIUM_TRY(files_.remove(path));
+                unlinked = true;
+            }
+            whole_dead_files_.pop_back();
+        }
+        for (Segment* segment : segments_->all()) {
+            Segment::Reclaim& reclaim = segment->reclaim;
+            if (reclaim.recorded_whole) {
+                STELLARIUM_TRY(unlink_segment(*segment));
+                unlinked = true;
+                ++segments_freed;
+            } else if (reclaim.recorded != reclaim.punched) {
+                STELLARIUM_TRY(punch_segment(*segment));
+            } else {
+                continue;
+            }
+            const uint64_t bytes = std::exchange(reclaim.unfreed_bytes, 0);
+            {
+                const std::lock_guard guard(state_mutex_);
+                unfreed_bytes_ -= bytes;
+            }
+            STELLARIUM_TRY(freed(bytes));
+        }
+        return {};
+    };
+    const auto done = free_all();
+    if (unlinked) {
+        if (auto synced = files_.sync_directory(join_path(directory_, kSegmentsName)); !synced) {
+            poison(synced.error(), "a sync of the segments' directory");
+            return synced;
+        }
+    }
+    return done;
+}
+
+}  // namespace stellarium::nebula
