@@ -860,9 +860,9 @@ void SegmentSet::add_damaged(Segment& segment, const Entry& entry) {
     }
 }
 
-Result<std::vector<ChunkId>> SegmentSet::damaged_ids(Segment& segment, uint32_t page,
-                                                     uint32_t pages) {
-    std::vector<ChunkId> ids;
+Result<std::vector<Entry>> SegmentSet::damaged_entries(Segment& segment, uint32_t page,
+                                                       uint32_t pages) {
+    std::vector<Entry> out;
     STELLARIUM_TRY(with_entries(segment, [&](std::span<const Entry> entries) {
         for (const EntryPlace place : segment.damaged_) {
             if ((place >> 16) >= page + pages) {
@@ -871,12 +871,12 @@ Result<std::vector<ChunkId>> SegmentSet::damaged_ids(Segment& segment, uint32_t 
             for (auto it = first_at(entries, place >> 16);
                  it != entries.end() && it->page.get() == place >> 16; ++it) {
                 if (place_of(*it) == place && it->page.get() + it->pages() > page) {
-                    ids.push_back(it->id);
+                    out.push_back(*it);
                 }
             }
         }
     }));
-    return ids;
+    return out;
 }
 
 uint64_t SegmentSet::damaged_count() const {

@@ -226,8 +226,8 @@ class SegmentSet {
     void set_gone(Segment& segment);
     /// Remembers that the entry failed its check, and has its pages checked again when read.
     void add_damaged(Segment& segment, const Entry& entry);
-    /// The ids of damaged entries that touch these pages.
-    Result<std::vector<ChunkId>> damaged_ids(Segment& segment, uint32_t page, uint32_t pages);
+    /// The damaged entries that touch these pages.
+    Result<std::vector<Entry>> damaged_entries(Segment& segment, uint32_t page, uint32_t pages);
     uint64_t damaged_count() const;
     /// Changes with each new damaged entry.
     uint64_t damage_version() const { return damage_version_.load(std::memory_order_acquire); }

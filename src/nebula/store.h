@@ -99,6 +99,21 @@ struct ObjectBytes {
     std::vector<std::byte> aux;      ///< Not verified: hints.
 };
 
+/// A chunk or object whose stored bytes fail their check, or cannot be read.
+struct DamagedChunk {
+    ChunkId id;
+    PageAddress address;  ///< Where it starts.
+    std::string reason;   ///< Names file and offset.
+};
+
+/// How far a call to scrub() came.
+struct ScrubStep {
+    PageAddress next{};    ///< Where to go on; "nowhere": the end was reached.
+    uint64_t bytes = 0;    ///< Read.
+    uint64_t entries = 0;  ///< Chunks and objects checked.
+    uint64_t damaged = 0;  ///< Of those.
+};
+
 /// Receives the records after the last checkpoint, in commit order.
 class ReplaySink {
   public:
@@ -196,6 +211,17 @@ class Store {
     /// as a duplicate, through it, and whatever contains() found. Everything else is passed on, so
     /// ids and addresses are the same, and closing it closes the store. The store outlives it.
     virtual std::unique_ptr<Store> protect() = 0;
+
+    /// Reads live chunks and objects from the disk (past the page cache) and checks them against
+    /// their ids, in the order of addresses from `from` on (the default: from the start), until
+    /// `budget_bytes` have been read or the end is reached; at least one. What is damaged is given
+    /// to `report` and remembered, durably with the next checkpoint: it is not used for
+    /// deduplication, and when its content is appended again, that copy is found from then on.
+    /// Errors are those of the store, not of single chunks. How fast is up to the caller.
+    virtual Result<ScrubStep> scrub(PageAddress from, uint64_t budget_bytes,
+                                    const std::function<void(const DamagedChunk&)>& report) = 0;
+    /// What is known to be damaged, and has no other copy.
+    virtual Result<std::vector<DamagedChunk>> damaged() = 0;
 
     virtual StoreStats stats() const = 0;
     virtual const std::string& directory() const = 0;

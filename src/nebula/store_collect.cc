@@ -52,6 +52,11 @@ class ProtectedStore final : public Store {
         return store_.begin_collection();
     }
     std::unique_ptr<Store> protect() override { return store_.protect(); }
+    Result<ScrubStep> scrub(PageAddress from, uint64_t budget_bytes,
+                            const std::function<void(const DamagedChunk&)>& report) override {
+        return store_.scrub(from, budget_bytes, report);
+    }
+    Result<std::vector<DamagedChunk>> damaged() override { return store_.damaged(); }
     StoreStats stats() const override { return store_.stats(); }
     const std::string& directory() const override { return store_.directory(); }
     std::array<uint8_t, 16> uuid() const override { return store_.uuid(); }

@@ -6,6 +6,7 @@
 //   store_commit.cc  sync, checkpoint
 //   store_collect.cc garbage collection: protections, marking, sweep
 //   store_reclaim.cc the dead map, and giving back what it names
+//   store_scrub.cc   looking for rot
 //   store.cc         the rest: batches, replay, state, close
 //
 // Thread rule: as store.h. Locks are taken in this order: checkpoint_mutex_, append_mutex_,
@@ -114,6 +115,9 @@ class StoreImpl final : public Store {
     uint64_t bytes_since_checkpoint() const override;
     Result<std::unique_ptr<Collection>> begin_collection() override;
     std::unique_ptr<Store> protect() override;
+    Result<ScrubStep> scrub(PageAddress from, uint64_t budget_bytes,
+                            const std::function<void(const DamagedChunk&)>& report) override;
+    Result<std::vector<DamagedChunk>> damaged() override;
     StoreStats stats() const override;
     const std::string& directory() const override { return directory_; }
     std::array<uint8_t, 16> uuid() const override { return store_id_; }
@@ -232,6 +236,9 @@ class StoreImpl final : public Store {
     Result<uint32_t> file_pages(Segment& segment);
     Result<void> unlink_segment(Segment& segment);
     Result<void> punch_segment(Segment& segment);
+    /// Reads the pages that these entries share, from the disk, and checks each.
+    Result<void> scrub_unit(Segment& segment, std::span<const Entry> entries, ScrubStep& step,
+                            const std::function<void(const DamagedChunk&)>& report);
     void subtract_from_counters(uint64_t chunks, uint64_t unique_bytes, uint64_t stored_bytes);
     Result<void> finish_reclaim();
 

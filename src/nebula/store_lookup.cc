@@ -199,12 +199,12 @@ Result<void> StoreImpl::healed_or(Result<void> error, Segment& segment, uint32_t
         bytes += part.iov_len;
     }
     const auto damaged =
-        segments_->damaged_ids(segment, page, static_cast<uint32_t>(bytes / kPageBytes));
+        segments_->damaged_entries(segment, page, static_cast<uint32_t>(bytes / kPageBytes));
     if (!damaged || damaged->empty()) {
         return error;
     }
-    for (const ChunkId& id : *damaged) {
-        const auto other = probe(id, Want::kPages);
+    for (const Entry& entry : *damaged) {
+        const auto other = probe(entry.id, Want::kPages);
         if (!other || !*other || (*other)->damaged) {
             return error;
         }

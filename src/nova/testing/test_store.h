@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -80,6 +81,12 @@ class CountingStore final : public nebula::Store {
         return store_->begin_collection();
     }
     std::unique_ptr<nebula::Store> protect() override { return store_->protect(); }
+    Result<nebula::ScrubStep> scrub(
+        nebula::PageAddress from, uint64_t budget_bytes,
+        const std::function<void(const nebula::DamagedChunk&)>& report) override {
+        return store_->scrub(from, budget_bytes, report);
+    }
+    Result<std::vector<nebula::DamagedChunk>> damaged() override { return store_->damaged(); }
     nebula::StoreStats stats() const override { return store_->stats(); }
     const std::string& directory() const override { return store_->directory(); }
     std::array<uint8_t, 16> uuid() const override { return store_->uuid(); }
