@@ -17,16 +17,28 @@ std::unexpected<Error> misfit(RecordKind kind, std::string_view why) {
                             record_kind_name(static_cast<uint16_t>(kind)), why));
 }
 
+/// What lay_over() did.
+struct LaidOver {
+    size_t extents = 0;         ///< Over the leaf now.
+    uint64_t hidden_pages = 0;  ///< That the delta had mapped before.
+};
+
 /// Lays `top` over what the delta holds over `leaf`.
-Result<size_t> lay_over(nebula::Store& store, Delta& delta, uint64_t leaf,
-                        std::span<const Extent> top) {
+Result<LaidOver> lay_over(nebula::Store& store, Delta& delta, uint64_t leaf,
+                          std::span<const Extent> top) {
     STELLARIUM_ASSIGN(const auto present, delta.find(store, leaf));
-    Extents merged =
-        overlay(present ? std::span<const Extent>(*present) : std::span<const Extent>{}, top,
-                /*keep_holes=*/true);
-    const size_t count = merged.size();
+    const std::span<const Extent> below =
+        present ? std::span<const Extent>(*present) : std::span<const Extent>{};
+    Extents merged = overlay(below, top, /*keep_holes=*/true);
+    const LaidOver done{.extents = merged.size(), .hidden_pages = hidden_pages(below, top)};
     STELLARIUM_TRY(delta.set(store, leaf, std::move(merged)));
-    return count;
+    return done;
+}
+
+void add_own_pages(Entity& entity, uint64_t pages) {
+    if (entity.own_bytes != Entity::kUnknownBytes) {
+        entity.own_bytes += pages * kPageBytes;
+    }
 }
 
 }  // namespace
@@ -189,6 +201,19 @@ ArenaRecord Catalog::arena() const {
     return arena_;
 }
 
+Catalog::DeadEstimate Catalog::dead_estimate() const {
+    return {.bytes = dead_bytes_, .unknown_entities = dead_entities_};
+}
+
+void Catalog::add_dead_pages(uint64_t pages) {
+    dead_bytes_ += pages * kPageBytes;
+}
+
+void Catalog::subtract_dead(const DeadEstimate& collected) {
+    dead_bytes_ -= collected.bytes;
+    dead_entities_ -= collected.unknown_entities;
+}
+
 // --- Change --------------------------------------------------------------------------------------
 
 Result<void> Catalog::apply(uint16_t kind, Bytes payload,
@@ -254,6 +279,7 @@ Result<void> Catalog::apply_record(const CreateRecord& record) {
     auto entity = std::make_shared<Entity>(record.id, record.kind, 0, record.created_ns);
     VolumeState state{.root = record.root, .delta = {}, .size_bytes = record.size_bytes};
     entity->publish(state);
+    entity->own_bytes = record.data_bytes;
     const std::lock_guard lock(mutex_);
     STELLARIUM_TRY(insert_locked(entity, record.name));
     imported_bytes_ += record.data_bytes;
@@ -312,6 +338,9 @@ Result<void> Catalog::apply_record(const ResizeRecord& record) {
     STELLARIUM_ASSIGN(const EntityPtr volume, content_target(RecordKind::kResize, record.volume));
     VolumeState next = volume->state();
     const bool shrinks = record.size_bytes < next.size_bytes;
+    if (const uint64_t own = volume->own_bytes; shrinks && own != Entity::kUnknownBytes) {
+        dead_bytes_ += std::min(own, next.size_bytes - record.size_bytes);
+    }
     if (!shrinks && !(record.root == next.root)) {
         return misfit(RecordKind::kResize, "it changes the tree of a growing volume");
     }
@@ -379,6 +408,11 @@ Result<void> Catalog::apply_record(const RemoveRecord& record) {
             names_.erase(entity->name_);
         }
         entity->removed_.store(true, std::memory_order_release);
+        if (const uint64_t own = entity->own_bytes; own == Entity::kUnknownBytes) {
+            ++dead_entities_;
+        } else {
+            dead_bytes_ += own;
+        }
         entities_.erase(id);
     }
     return {};
@@ -409,6 +443,7 @@ Result<void> Catalog::apply_record(const MapRecord& record,
     VolumeState next = volume->state();
     const uint64_t end_page = next.pages();
     uint64_t written_pages = 0;
+    uint64_t hidden = 0;
     Extents top;
     for (size_t i = 0; i < record.entries.size();) {
         const uint64_t leaf = record.entries[i].page / kPagesPerLeaf;
@@ -432,19 +467,23 @@ Result<void> Catalog::apply_record(const MapRecord& record,
             append_merged(top, extent);
             written_pages += entry.pages;
         }
-        STELLARIUM_ASSIGN(const size_t extents, lay_over(store_, next.delta, leaf, top));
-        if (extents >= kMinFoldExtents) {
+        STELLARIUM_ASSIGN(const LaidOver laid, lay_over(store_, next.delta, leaf, top));
+        if (laid.extents >= kMinFoldExtents) {
             volume->fold_candidates.insert(leaf);
         }
+        hidden += laid.hidden_pages;
     }
     volume->publish(next);
     written_bytes_ += written_pages * kPageBytes;
+    add_own_pages(*volume, written_pages);
+    add_dead_pages(hidden);
     return {};
 }
 
 Result<void> Catalog::apply_record(const HoleRecord& record) {
     STELLARIUM_ASSIGN(const EntityPtr volume, content_target(RecordKind::kHole, record.volume));
     VolumeState next = volume->state();
+    uint64_t discarded = 0;
     for (const PageRange& range : record.ranges) {
         const uint64_t end = range.page + range.pages;
         if (end > next.pages()) {
@@ -472,9 +511,12 @@ Result<void> Catalog::apply_record(const HoleRecord& record) {
                               .id = {},
                               .chunk_address = std::nullopt};
             STELLARIUM_TRY(lay_over(store_, next.delta, leaf, std::span(&hole, 1)));
+            discarded += last - first;
         }
     }
     volume->publish(next);
+    // At most: what of the leaf is a hole already is not looked up.
+    add_dead_pages(discarded);
     return {};
 }
 
@@ -574,8 +616,13 @@ Result<StoredPieces> store_pieces(nebula::Store& store, std::vector<std::byte> c
     }
 }
 
-Result<std::vector<std::byte>> load_pieces(nebula::Store& store, const StoredPieces& pieces,
-                                           uint64_t expected_bytes) {
+/// `visit`, when given, is called for every object on the way.
+Result<std::vector<std::byte>> load_pieces(
+    nebula::Store& store, const StoredPieces& pieces, uint64_t expected_bytes,
+    const std::function<Result<void>(const NodeRef&)>& visit = {}) {
+    if (visit) {
+        STELLARIUM_TRY(visit(pieces.top));
+    }
     STELLARIUM_ASSIGN(nebula::ObjectBytes top, store.get_object(pieces.top.id, pieces.top.hint));
     std::vector<std::byte> content = std::move(top.content);
     for (uint32_t level = 0; level < pieces.levels; ++level) {
@@ -584,8 +631,12 @@ Result<std::vector<std::byte>> load_pieces(nebula::Store& store, const StoredPie
         }
         std::vector<std::byte> next;
         for (size_t offset = 0; offset < content.size(); offset += sizeof(ChunkId)) {
-            STELLARIUM_ASSIGN(const nebula::ObjectBytes piece,
-                              store.get_object(load<ChunkId>(Bytes(content).subspan(offset))));
+            const NodeRef ref{.id = stellarium::load<ChunkId>(Bytes(content).subspan(offset)),
+                              .hint = std::nullopt};
+            if (visit) {
+                STELLARIUM_TRY(visit(ref));
+            }
+            STELLARIUM_ASSIGN(const nebula::ObjectBytes piece, store.get_object(ref.id));
             next.insert(next.end(), piece.content.begin(), piece.content.end());
         }
         content = std::move(next);
@@ -729,10 +780,15 @@ Result<std::vector<std::byte>> Catalog::save(nebula::Store& store, const Frozen&
     return payload;
 }
 
-Result<void> Catalog::load(Bytes payload) {
-    if (payload.empty()) {
-        return {};
-    }
+namespace {
+
+/// What a checkpoint's payload says about the catalog's pieces.
+struct CatalogPieces {
+    StoredPieces pieces;
+    uint64_t bytes = 0;
+};
+
+Result<CatalogPieces> decode_root(Bytes payload) {
     if (payload.size() != sizeof(format::CatalogRoot)) {
         return fail(ErrorCode::kCorrupt, fmt::format("checkpoint: its payload has {} bytes, not {}",
                                                      payload.size(), sizeof(format::CatalogRoot)));
@@ -753,8 +809,29 @@ Result<void> Catalog::load(Bytes payload) {
         return fail(ErrorCode::kCorrupt, "checkpoint: too many levels of pieces");
     }
     STELLARIUM_ASSIGN(const NodeRef top, Cursor({}).node(root.pieces));
+    return CatalogPieces{.pieces = {.top = top, .levels = root.levels},
+                         .bytes = root.catalog_bytes};
+}
+
+}  // namespace
+
+Result<void> Catalog::for_each_piece(nebula::Store& store, Bytes payload,
+                                     const std::function<Result<void>(const NodeRef&)>& visit) {
+    if (payload.empty()) {
+        return {};
+    }
+    STELLARIUM_ASSIGN(const CatalogPieces root, decode_root(payload));
+    STELLARIUM_TRY(load_pieces(store, root.pieces, root.bytes, visit));
+    return {};
+}
+
+Result<void> Catalog::load(Bytes payload) {
+    if (payload.empty()) {
+        return {};
+    }
+    STELLARIUM_ASSIGN(const CatalogPieces root, decode_root(payload));
     STELLARIUM_ASSIGN(const std::vector<std::byte> content,
-                      load_pieces(store_, {.top = top, .levels = root.levels}, root.catalog_bytes));
+                      load_pieces(store_, root.pieces, root.bytes));
 
     Cursor in(content);
     STELLARIUM_ASSIGN(const auto header, in.get<format::CatalogHeader>());
@@ -799,6 +876,7 @@ Result<void> Catalog::load(Bytes payload) {
         VolumeState state = states[packed.state];
         state.size_bytes = packed.size_bytes;
         entity->publish(state);
+        entity->own_bytes = Entity::kUnknownBytes;
         STELLARIUM_TRY(insert_locked(entity, std::move(name)));
         entities.push_back(std::move(entity));
     }

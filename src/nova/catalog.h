@@ -20,6 +20,7 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -67,6 +68,11 @@ class Entity {
 
     /// Leaves whose delta may be worth folding. Guarded by commit_mutex.
     std::set<uint64_t> fold_candidates;
+
+    /// About how many bytes only this entity needs: what it wrote or imported, until a garbage
+    /// collection has counted. kUnknownBytes when neither has happened since the pool was opened.
+    std::atomic<uint64_t> own_bytes{0};
+    static constexpr uint64_t kUnknownBytes = ~uint64_t{0};
 
   private:
     friend class Catalog;
@@ -125,6 +131,17 @@ class Catalog {
     uint64_t written_bytes() const { return written_bytes_.load(std::memory_order_relaxed); }
     ArenaRecord arena() const;  ///< Which arena may hold writes; empty path: none.
 
+    /// What a garbage collection would probably free: an estimate from what was overwritten,
+    /// discarded and removed. Too high where snapshots or clones still need it.
+    struct DeadEstimate {
+        uint64_t bytes = 0;
+        uint64_t unknown_entities = 0;  ///< Removed, and nobody knows what they held.
+    };
+    DeadEstimate dead_estimate() const;
+    void add_dead_pages(uint64_t pages);
+    /// A collection has freed what there was when `collected` was asked for.
+    void subtract_dead(const DeadEstimate& collected);
+
     // --- Checkpoint ------------------------------------------------------------------------------
 
     struct Frozen {
@@ -147,6 +164,10 @@ class Catalog {
     Frozen freeze() const;
     /// Appends what of `frozen` is not stored yet; returns the payload for Store::checkpoint.
     static Result<std::vector<std::byte>> save(nebula::Store& store, const Frozen& frozen);
+    /// Calls `visit` for each object that the payload of a checkpoint names directly or through
+    /// lists: the catalog itself, not the trees and deltas that it names in turn.
+    static Result<void> for_each_piece(nebula::Store& store, Bytes payload,
+                                       const std::function<Result<void>(const NodeRef&)>& visit);
     /// The inverse, into an empty catalog. An empty payload is an empty pool.
     Result<void> load(Bytes payload);
 
@@ -184,6 +205,8 @@ class Catalog {
     ArenaRecord arena_;
     std::atomic<uint64_t> imported_bytes_{0};
     std::atomic<uint64_t> written_bytes_{0};
+    std::atomic<uint64_t> dead_bytes_{0};
+    std::atomic<uint64_t> dead_entities_{0};
 };
 
 }  // namespace stellarium::nova

@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "nova/delta_cursor.h"
+#include "nova/limits.h"
 #include "nova/node_cache.h"
 #include "nova/tree.h"
 
@@ -191,12 +192,17 @@ class Differ {
             return {};
         }
         Extent resolved = *extent;
-        if (!resolved.chunk_address) {
-            STELLARIUM_ASSIGN(const nebula::ChunkLocation location, store_.resolve(extent->id));
-            resolved.chunk_address = location.address;
-        }
         const iovec part{into.data(), bytes};
-        return store_.read(resolved.address_of(page), {&part, 1}, /*no_wait=*/false);
+        for (int attempt = 0;; ++attempt) {
+            if (!resolved.chunk_address || attempt > 0) {
+                STELLARIUM_ASSIGN(const nebula::ChunkLocation location, store_.resolve(extent->id));
+                resolved.chunk_address = location.address;
+            }
+            auto done = store_.read(resolved.address_of(page), {&part, 1}, /*no_wait=*/false);
+            if (done || done.error().code() != ErrorCode::kStale || attempt == kMaxStaleReads) {
+                return done;
+            }
+        }
     }
 
     nebula::Store& store_;

@@ -57,6 +57,19 @@ bool is_canonical(std::span<const Extent> extents, bool holes_allowed) {
     return true;
 }
 
+uint64_t hidden_pages(std::span<const Extent> below, std::span<const Extent> top) {
+    uint64_t hidden = 0;
+    for (size_t i = 0, k = 0; i < below.size() && k < top.size();) {
+        if (!below[i].hole) {
+            const uint32_t first = std::max(below[i].first_page, top[k].first_page);
+            const uint32_t end = std::min(below[i].end_page(), top[k].end_page());
+            hidden += end > first ? end - first : 0;
+        }
+        (below[i].end_page() <= top[k].end_page() ? i : k) += 1;
+    }
+    return hidden;
+}
+
 void append_merged(Extents& extents, const Extent& next) {
     assert(extents.empty() || extents.back().end_page() <= next.first_page);
     if (!extents.empty() && extents.back().continued_by(next)) {

@@ -58,8 +58,24 @@ inline constexpr uint64_t kMaxDeltaExtents = 1'000'000;
 inline constexpr size_t kFoldBatchLeaves = 256;
 static_assert(kFoldBatchLeaves <= kMaxFoldLeavesPerRecord);
 
+// Garbage collection.
+/// What one run stores anew at most: 64 KiB a chunk, so 4 GiB, and what the plan of it takes.
+inline constexpr uint64_t kMaxRewrittenChunks = 65'536;
+inline constexpr uint64_t kMaxRewrittenLeaves = 16'384;
+/// Rewriting a leaf that gives back less is not worth its new nodes: up to 18 KiB for the leaf and
+/// 13 KiB for the path to it.
+inline constexpr uint64_t kMinRewriteGainBytes = uint64_t{64} << 10;
+/// Leaves rewritten while a volume's commits wait: at most 32 MiB, in one record.
+inline constexpr size_t kRewriteBatchLeaves = 16;
+static_assert(kRewriteBatchLeaves <= kMaxFoldLeavesPerRecord);
+/// Garbage of more than one part in so many of the store is collected by the run that made it.
+inline constexpr uint64_t kSecondCollectionShare = 32;
+
 // Reading.
 inline constexpr uint64_t kMaxReadRunBytes = uint64_t{2} << 20;  ///< One read of the store.
+/// How often one read looks up addresses that a garbage collection has made stale meanwhile. Each
+/// time takes a whole collection.
+inline constexpr int kMaxStaleReads = 8;
 /// Reader::next_data looks no further than this for the end of a range.
 inline constexpr uint64_t kMaxDataRangeBytes = uint64_t{1} << 30;
 

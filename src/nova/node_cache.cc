@@ -132,6 +132,19 @@ void NodeCache::Impl::Shard::insert(std::unique_ptr<Entry> entry, uint64_t budge
     }
 }
 
+void NodeCache::Impl::Shard::erase(const Key& key, uint64_t key_hash) {
+    std::unique_ptr<Entry> erased;  // Freed after the lock is released.
+    const std::lock_guard lock(mutex_);
+    Entry** slot = slot_of(key, key_hash);
+    if (*slot != nullptr) {
+        erased.reset(*slot);
+        unlink(*erased);
+        *slot = erased->chain;
+        memory_bytes_ -= erased->charge_bytes;
+        --entries_;
+    }
+}
+
 void NodeCache::Impl::Shard::clear() {
     const std::lock_guard lock(mutex_);
     while (newest_ != nullptr) {
@@ -204,6 +217,36 @@ void NodeCache::clear() {
     for (const auto& shard : impl_->shards) {
         shard->clear();
     }
+}
+
+void NodeCache::forget_leaf(nebula::Store& store, const NodeRef& root, uint64_t leaf_number) {
+    TreeReader reader(store, *this, IoMode::kNoWait);
+    const auto ref = reader.leaf_ref(root, leaf_number);
+    if (ref && !ref->empty()) {
+        const auto key = Impl::Key::of_node(ref->id, 0);
+        impl_->shard_of(key.hash()).erase(key, key.hash());
+    }
+}
+
+std::optional<nebula::PageAddress> NodeCache::moved_to(nebula::PageAddress stale) const {
+    if (!impl_->any_moved.load(std::memory_order_relaxed)) {
+        return std::nullopt;
+    }
+    const std::shared_lock lock(impl_->moved_mutex);
+    const auto it = impl_->moved.find(stale.value());
+    if (it == impl_->moved.end()) {
+        return std::nullopt;
+    }
+    return nebula::PageAddress(it->second);
+}
+
+void NodeCache::note_moved(nebula::PageAddress stale, nebula::PageAddress now) {
+    const std::lock_guard lock(impl_->moved_mutex);
+    if (impl_->moved.size() >= Impl::kMaxMoved) {
+        impl_->moved.clear();
+    }
+    impl_->moved[stale.value()] = now.value();
+    impl_->any_moved.store(true, std::memory_order_relaxed);
 }
 
 NodeCache::Stats NodeCache::stats() const {

@@ -9,13 +9,17 @@
 // Thread rule: everything may be called from any thread.
 #pragma once
 
+#include <atomic>
 #include <bit>
 #include <cstdint>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <shared_mutex>
 #include <variant>
 #include <vector>
+
+#include <absl/container/flat_hash_map.h>
 
 #include "nova/codec.h"
 #include "nova/tree.h"
@@ -62,6 +66,7 @@ struct NodeCache::Impl {
         /// Adds the entry unless one with its key is there; evicts what no longer fits. An entry
         /// that does not fit at all is dropped.
         void insert(std::unique_ptr<Entry> entry, uint64_t budget_bytes);
+        void erase(const Key& key, uint64_t key_hash);
         void clear();
         uint64_t memory_bytes() const;
         void count_node_read();
@@ -100,6 +105,13 @@ struct NodeCache::Impl {
 
     std::vector<std::unique_ptr<Shard>> shards;
     uint64_t shard_budget_bytes = 0;
+
+    /// Addresses never come to mean something else, so an entry is right for ever, or leads to an
+    /// address that is stale in turn. Bounded: forgotten when there are too many.
+    static constexpr size_t kMaxMoved = size_t{1} << 16;
+    std::atomic<bool> any_moved = false;
+    mutable std::shared_mutex moved_mutex;
+    absl::flat_hash_map<uint64_t, uint64_t> moved;  ///< Guarded by moved_mutex.
 };
 
 /// Tree nodes by name: from the cache, else from the store. Belongs to one call; borrows both.

@@ -17,11 +17,13 @@
 
 #include "nova/arena.h"
 #include "nova/catalog.h"
+#include "nova/collector.h"
 #include "nova/committer.h"
 #include "nova/device.h"
 #include "nova/folder.h"
 #include "nova/format.h"
 #include "nova/import.h"
+#include "nova/leases.h"
 #include "nova/limits.h"
 #include "nova/reader.h"
 #include "nova/records.h"
@@ -47,11 +49,11 @@ unsigned worker_count(unsigned asked) {
     return asked != 0 ? asked : std::clamp(std::thread::hardware_concurrency(), 1U, 8U);
 }
 
-/// Reads a state that it holds by value.
+/// Reads a leased state.
 class StateReader final : public Reader {
   public:
-    StateReader(nebula::Store& store, NodeCache& cache, VolumeState state)
-        : store_(store), cache_(cache), state_(std::move(state)) {}
+    StateReader(nebula::Store& store, NodeCache& cache, StateLease lease)
+        : store_(store), cache_(cache), lease_(std::move(lease)), state_(lease_.state()) {}
 
     uint64_t size_bytes() const override { return state_.size_bytes; }
 
@@ -74,8 +76,12 @@ class StateReader final : public Reader {
   private:
     nebula::Store& store_;
     NodeCache& cache_;
-    const VolumeState state_;
+    const StateLease lease_;
+    const VolumeState& state_;
 };
+
+/// How often the collecting thread looks whether space is short.
+constexpr std::chrono::seconds kSpaceCheckInterval{10};
 
 class PoolImpl final : public Pool, public DeviceOwner {
   public:
@@ -118,6 +124,7 @@ class PoolImpl final : public Pool, public DeviceOwner {
 
     PoolStats stats() const override;
     Result<void> checkpoint() override;
+    Result<GcReport> gc(const GcOptions& options) override;
     std::optional<std::string> read_only_reason() const override;
     std::vector<std::string> warnings() const override;
     std::array<uint8_t, 16> uuid() const override { return store_->uuid(); }
@@ -166,19 +173,37 @@ class PoolImpl final : public Pool, public DeviceOwner {
     std::vector<EntityInfo> infos(EntityKind kind) const;
     EntityInfo info(const Entity& entity) const;
     std::optional<std::string> attachment_label(const Entity& entity) const;
-    /// The content as of now, with what is dirty.
-    Result<VolumeState> present_state(const EntityPtr& entity);
+    /// The content as of now, with what is dirty. `use` says for what, for messages.
+    Result<StateLease> lease_present_state(const EntityPtr& entity, std::string_view use);
 
     // Maintenance.
     void after_commit();
     void run_maintenance();
     Result<void> fold_where_due();
+    /// What a checkpoint has made durable.
+    struct Checkpoint {
+        Catalog::Frozen frozen;
+        std::vector<std::byte> payload;
+    };
+    /// checkpoint_mutex_ is held.
+    Result<Checkpoint> make_checkpoint();
+    Result<Collector::Published> begin_collection();
+    uint64_t reclaimable_bytes(const nebula::StoreStats& store) const;
+    bool is_space_low(const io::FileSystemSpace& space) const;
+    void run_collections();
+    bool is_collection_due();
+    void notice(const std::string& sentence) const {
+        if (options_.notice) {
+            options_.notice(sentence);
+        }
+    }
 
     const io::Env env_;
     const PoolOptions options_;
     std::unique_ptr<nebula::Store> store_;
     NodeCache cache_;
     Catalog catalog_;
+    StateLeases leases_;
     std::unique_ptr<Arena> arena_;
     std::unique_ptr<Committer> committer_;
     std::vector<std::string> own_warnings_;
@@ -199,6 +224,19 @@ class PoolImpl final : public Pool, public DeviceOwner {
     std::condition_variable maintenance_work_;
     bool maintenance_due_ = false;       ///< Guarded by maintenance_mutex_.
     bool maintenance_stopping_ = false;  ///< Guarded by maintenance_mutex_.
+
+    std::mutex collecting_;  ///< One collection at a time.
+    std::thread collections_;
+    mutable std::mutex gc_mutex_;
+    std::condition_variable gc_work_;
+    GcStats gc_stats_;            ///< Guarded by gc_mutex_.
+    bool gc_stopping_ = false;    ///< Guarded by gc_mutex_.
+    bool space_was_low_ = false;  ///< Of the collecting thread.
+    // Of the collecting thread, monotonic: no collection before. Far past: at once.
+    std::chrono::nanoseconds collect_not_before_ = std::chrono::nanoseconds::min();
+    std::chrono::nanoseconds collect_for_space_not_before_ = std::chrono::nanoseconds::min();
+    /// Dead bytes after which the collecting thread looks again; commits wake it.
+    std::atomic<uint64_t> gc_wake_bytes_{0};
 };
 
 // --- Imports -------------------------------------------------------------------------------------
@@ -206,7 +244,10 @@ class PoolImpl final : public Pool, public DeviceOwner {
 class PoolImport final : public ImageImport {
   public:
     PoolImport(PoolImpl& pool, std::string name, unsigned workers)
-        : pool_(pool), name_(std::move(name)), pipeline_(*pool.store_, {.workers = workers}) {}
+        : pool_(pool),
+          name_(std::move(name)),
+          protection_(pool.store_->protect()),
+          pipeline_(*protection_, {.workers = workers}) {}
     ~PoolImport() override {
         const std::lock_guard lock(pool_.operations_);
         pool_.importing_.erase(name_);
@@ -268,6 +309,8 @@ class PoolImport final : public ImageImport {
   private:
     PoolImpl& pool_;
     const std::string name_;
+    /// Keeps what is appended until the record that names it is in the log.
+    const std::unique_ptr<nebula::Store> protection_;
     ImportPipeline pipeline_;
     bool finished_ = false;
 };
@@ -319,6 +362,7 @@ Result<void> PoolImpl::recover() {
     committer_->start();
     if (options_.background && !read_only_reason()) {
         maintenance_ = std::thread([this] { run_maintenance(); });
+        collections_ = std::thread([this] { run_collections(); });
     }
     return {};
 }
@@ -446,6 +490,14 @@ Result<void> PoolImpl::adopt_foreign_arena(std::unique_ptr<Arena> arena) {
 }
 
 void PoolImpl::stop_threads() {
+    {
+        const std::lock_guard lock(gc_mutex_);
+        gc_stopping_ = true;
+        gc_work_.notify_all();
+    }
+    if (collections_.joinable()) {
+        collections_.join();
+    }
     {
         const std::lock_guard lock(maintenance_mutex_);
         maintenance_stopping_ = true;
@@ -754,9 +806,10 @@ Result<EntityInfo> PoolImpl::resize(std::string_view name, uint64_t size_bytes) 
             STELLARIUM_ASSIGN(sequence, commit_alone(std::span(&pending, 1)));
         } else {
             // The tree without what lies beyond. Its delta follows from the record.
+            const auto protection = store_->protect();
             VolumeState tree_only{.root = state.root, .delta = {}, .size_bytes = state.size_bytes};
             STELLARIUM_ASSIGN(const VolumeState cut,
-                              resized(*store_, cache_, tree_only, size_bytes));
+                              resized(*protection, cache_, tree_only, size_bytes));
             record.root = cut.root;
             const PendingRecord pending = PendingRecord::of(record);
             const uint64_t within = size_bytes % kPageBytes;
@@ -972,21 +1025,21 @@ Result<EntityInfo> PoolImpl::find(std::string_view source) const {
     return info(*entity);
 }
 
-Result<VolumeState> PoolImpl::present_state(const EntityPtr& entity) {
+Result<StateLease> PoolImpl::lease_present_state(const EntityPtr& entity, std::string_view use) {
     const auto volume = running(entity);
-    if (!volume || !volume->dirty()) {
-        // A commit that is under way has not published everything that it cut.
-        const std::lock_guard lock(entity->commit_mutex);
-        return entity->state();
-    }
+    // A commit that is under way has not published everything that it cut.
     const std::lock_guard lock(entity->commit_mutex);
-    STELLARIUM_TRY(committer_->commit(std::span(&volume, 1), {}));
-    return entity->state();
+    if (volume && volume->dirty()) {
+        STELLARIUM_TRY(committer_->commit(std::span(&volume, 1), {}));
+    }
+    return leases_.take(fmt::format("{} of '{}'", use, catalog_.full_name(*entity)),
+                        [&] { return entity->state(); });
 }
 
 Result<EntityDetail> PoolImpl::detail(std::string_view source) {
     STELLARIUM_ASSIGN(const EntityPtr entity, catalog_.find(source));
-    STELLARIUM_ASSIGN(const VolumeState state, present_state(entity));
+    STELLARIUM_ASSIGN(const StateLease lease, lease_present_state(entity, "a look at the content"));
+    const VolumeState& state = lease.state();
     EntityDetail result;
     result.info = info(*entity);
     STELLARIUM_TRY(for_each_leaf(*store_, cache_, state, 0, [&](uint64_t leaf) -> Result<bool> {
@@ -1000,7 +1053,9 @@ Result<EntityDetail> PoolImpl::detail(std::string_view source) {
     if (state.delta.empty()) {
         result.root = state.root.id;
     } else {
-        STELLARIUM_ASSIGN(const NodeRef root, fold_all(*store_, cache_, state));
+        // Nothing will refer to these nodes, but they are read again on the way.
+        const auto protection = store_->protect();
+        STELLARIUM_ASSIGN(const NodeRef root, fold_all(*protection, cache_, state));
         result.root = root.id;
     }
     const Entity* each = entity.get();
@@ -1019,16 +1074,18 @@ Result<EntityDetail> PoolImpl::detail(std::string_view source) {
 
 Result<std::unique_ptr<Reader>> PoolImpl::open_reader(std::string_view source) {
     STELLARIUM_ASSIGN(const EntityPtr entity, catalog_.find(source));
-    STELLARIUM_ASSIGN(VolumeState state, present_state(entity));
-    return std::make_unique<StateReader>(*store_, cache_, std::move(state));
+    STELLARIUM_ASSIGN(StateLease lease, lease_present_state(entity, "an export"));
+    return std::make_unique<StateReader>(*store_, cache_, std::move(lease));
 }
 
 Result<void> PoolImpl::diff(std::string_view a, std::string_view b,
                             const std::function<Result<void>(DiffRange)>& visit) {
     STELLARIUM_ASSIGN(const EntityPtr first, catalog_.find(a));
     STELLARIUM_ASSIGN(const EntityPtr second, catalog_.find(b));
-    STELLARIUM_ASSIGN(const VolumeState first_state, present_state(first));
-    STELLARIUM_ASSIGN(const VolumeState second_state, present_state(second));
+    STELLARIUM_ASSIGN(const StateLease first_lease, lease_present_state(first, "a difference"));
+    STELLARIUM_ASSIGN(const StateLease second_lease, lease_present_state(second, "a difference"));
+    const VolumeState& first_state = first_lease.state();
+    const VolumeState& second_state = second_lease.state();
     const uint64_t end_bytes = std::max(first_state.size_bytes, second_state.size_bytes);
     return nova::diff(*store_, cache_, first_state, second_state, /*compare_content=*/true,
                       [&](uint64_t first_page, uint64_t pages) -> Result<void> {
@@ -1106,6 +1163,15 @@ PoolStats PoolImpl::stats() const {
     stats.written_bytes = catalog_.written_bytes();
     stats.dirty_bytes = arena_->used_bytes();
     stats.node_cache_bytes = cache_.memory_bytes();
+    if (const auto space = env_.files->space(store_->directory())) {
+        stats.space = *space;
+        stats.space_low = is_space_low(*space);
+    }
+    {
+        const std::lock_guard lock(gc_mutex_);
+        stats.gc = gc_stats_;
+    }
+    stats.gc.reclaimable_bytes = reclaimable_bytes(stats.store);
     return stats;
 }
 
@@ -1137,21 +1203,170 @@ Result<void> PoolImpl::fold_where_due() {
 Result<void> PoolImpl::checkpoint() {
     const std::lock_guard one(checkpoint_mutex_);
     STELLARIUM_TRY(fold_where_due());
+    STELLARIUM_TRY(make_checkpoint());
+    return {};
+}
+
+Result<PoolImpl::Checkpoint> PoolImpl::make_checkpoint() {
     uint64_t sequence = 0;
-    Catalog::Frozen frozen;
+    Checkpoint made;
     {
         const auto gate = committer_->close_gate();
         if (const auto broken = committer_->broken()) {
             return std::unexpected(*broken);
         }
         sequence = store_->sequence();
-        frozen = catalog_.freeze();
+        made.frozen = catalog_.freeze();
     }
-    STELLARIUM_ASSIGN(const std::vector<std::byte> payload, Catalog::save(*store_, frozen));
-    return store_->checkpoint(sequence, payload);
+    STELLARIUM_ASSIGN(made.payload, Catalog::save(*store_, made.frozen));
+    STELLARIUM_TRY(store_->checkpoint(sequence, made.payload));
+    return made;
+}
+
+// --- Garbage collection --------------------------------------------------------------------------
+
+/// No checkpoint may run between the barrier and the position: see Collection::fix_position().
+Result<Collector::Published> PoolImpl::begin_collection() {
+    const std::lock_guard one(checkpoint_mutex_);
+    STELLARIUM_TRY(fold_where_due());
+    Collector::Published published;
+    STELLARIUM_ASSIGN(published.collection, store_->begin_collection());
+    STELLARIUM_ASSIGN(Checkpoint made, make_checkpoint());
+    published.frozen = std::move(made.frozen);
+    published.payload = std::move(made.payload);
+    // Whoever leases from here on has what was frozen, or what is newer and kept by the barrier.
+    published.leased = leases_.all();
+    for (const auto& [what, state] : published.leased) {
+        STELLARIUM_TRY(state.delta.persist(*store_));
+    }
+    STELLARIUM_TRY(published.collection->fix_position());
+    return published;
+}
+
+Result<GcReport> PoolImpl::gc(const GcOptions& options) {
+    const std::unique_lock one(collecting_, std::try_to_lock);
+    if (!one.owns_lock()) {
+        return fail(ErrorCode::kBusy, "a garbage collection is running already");
+    }
+    if (const auto reason = read_only_reason()) {
+        return fail(ErrorCode::kReadOnly, fmt::format("garbage cannot be collected: {}", *reason));
+    }
+    {
+        const std::lock_guard lock(gc_mutex_);
+        gc_stats_.running = true;
+    }
+    const auto started = env_.clock->monotonic();
+    const Catalog::DeadEstimate estimate = catalog_.dead_estimate();
+    GcOptions with_stop = options;
+    with_stop.cancelled = [this, &options] {
+        if (options.cancelled && options.cancelled()) {
+            return true;
+        }
+        const std::lock_guard lock(gc_mutex_);
+        return gc_stopping_;
+    };
+    const Folder folder(*store_, cache_, catalog_, *committer_);
+    const Collector collector(*store_, cache_, catalog_, folder,
+                              [this] { return begin_collection(); });
+    auto report = collector.run(with_stop);
+
+    const std::lock_guard lock(gc_mutex_);
+    gc_stats_.running = false;
+    if (report) {
+        report->duration = env_.clock->monotonic() - started;
+        if (!options.dry_run) {
+            catalog_.subtract_dead(estimate);
+            ++gc_stats_.collections;
+            gc_stats_.freed_bytes += report->freed_bytes;
+            gc_stats_.last = *report;
+            gc_stats_.last_ended = env_.clock->wall();
+            gc_stats_.last_error.clear();
+        }
+    } else if (report.error().code() != ErrorCode::kCancelled) {
+        ++gc_stats_.failures;
+        gc_stats_.last_error = report.error().message();
+    }
+    return report;
+}
+
+uint64_t PoolImpl::reclaimable_bytes(const nebula::StoreStats& store) const {
+    const Catalog::DeadEstimate dead = catalog_.dead_estimate();
+    uint64_t bytes = dead.bytes;
+    if (dead.unknown_entities > 0) {
+        // Removed before anybody knew what they held: taken for the average.
+        bytes += store.unique_bytes / (catalog_.entity_count() + dead.unknown_entities) *
+                 dead.unknown_entities;
+    }
+    return std::min(bytes, store.stored_bytes);
+}
+
+bool PoolImpl::is_space_low(const io::FileSystemSpace& space) const {
+    return static_cast<double>(space.free_bytes) <
+           options_.gc.low_space_share * static_cast<double>(space.total_bytes);
+}
+
+bool PoolImpl::is_collection_due() {
+    const nebula::StoreStats store = store_->stats();
+    const uint64_t dead = reclaimable_bytes(store);
+    const auto space = env_.files->space(store_->directory());
+    const bool low = space && is_space_low(*space);
+    if (low && !space_was_low_) {
+        notice(
+            fmt::format("the file system of {} is almost full: {} of {} bytes are free, and "
+                        "about {} can be reclaimed by garbage collection; remove volumes, or "
+                        "make room, before writes fail",
+                        store_->directory(), space->free_bytes, space->total_bytes, dead));
+    }
+    space_was_low_ = low;
+    const auto now = env_.clock->monotonic();
+    if (!options_.gc.automatic || now < collect_not_before_) {
+        return false;
+    }
+    if (dead >= options_.gc.min_dead_bytes &&
+        static_cast<double>(dead) >=
+            options_.gc.dead_share * static_cast<double>(store.stored_bytes)) {
+        return true;
+    }
+    if (low && dead > 0 && now >= collect_for_space_not_before_) {
+        collect_for_space_not_before_ = now + options_.gc.low_space_interval;
+        return true;
+    }
+    return false;
+}
+
+void PoolImpl::run_collections() {
+    std::unique_lock lock(gc_mutex_);
+    while (!gc_stopping_) {
+        lock.unlock();
+        const bool due = is_collection_due();
+        if (due) {
+            const auto report = gc({.rate_bytes_per_second = options_.gc.rate_bytes_per_second});
+            if (report) {
+                notice(fmt::format("garbage collection: {} bytes freed, {} are needed, in {} ms",
+                                   report->freed_bytes, report->live_bytes,
+                                   report->duration / std::chrono::milliseconds(1)));
+            } else if (report.error().code() != ErrorCode::kCancelled &&
+                       report.error().code() != ErrorCode::kBusy) {
+                // Most likely something is damaged, and will be for a while.
+                collect_not_before_ = env_.clock->monotonic() + options_.gc.low_space_interval;
+                notice(fmt::format("garbage collection failed: {}", report.error().message()));
+            }
+        }
+        // A commit wakes this thread when that much more has died.
+        gc_wake_bytes_.store(catalog_.dead_estimate().bytes + options_.gc.min_dead_bytes / 4 + 1);
+        lock.lock();
+        if (!gc_stopping_) {
+            gc_work_.wait_for(lock, kSpaceCheckInterval);
+        }
+    }
 }
 
 void PoolImpl::after_commit() {
+    if (options_.background && catalog_.dead_estimate().bytes >= gc_wake_bytes_.load()) {
+        const std::lock_guard lock(gc_mutex_);
+        gc_wake_bytes_.store(~uint64_t{0});
+        gc_work_.notify_one();
+    }
     if (store_->bytes_since_checkpoint() <= options_.checkpoint_bytes) {
         return;
     }
@@ -1185,6 +1400,16 @@ void PoolImpl::run_maintenance() {
 }  // namespace
 
 // --- Pool ----------------------------------------------------------------------------------------
+
+void GcReport::add(const nebula::CollectionReport& next) {
+    live_bytes = next.live_bytes;
+    live_chunks = next.live_chunks;
+    dead_bytes += next.dead_bytes;
+    dead_chunks += next.dead_chunks;
+    freed_bytes += next.freed_bytes;
+    moved_bytes += next.moved_bytes;
+    segments_freed += next.segments_freed;
+}
 
 Result<void> Pool::create(const io::Env& env, const std::string& directory,
                           const PoolOptions& options) {

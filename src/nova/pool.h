@@ -58,8 +58,75 @@ struct EntityDetail {
     std::vector<std::string> lineage;  ///< Parent, its parent, ... as far as known.
 };
 
+/// When the pool collects garbage by itself. Only with PoolOptions::background.
+struct GcPolicy {
+    bool automatic = true;
+    /// Collect when this share of the stored bytes is dead, as far as known.
+    double dead_share = 0.25;
+    /// Less dead than this is not worth a collection, unless space is short.
+    uint64_t min_dead_bytes = uint64_t{256} << 20;
+    /// Space is short, and every bit counts, when less than this share of the file system is free.
+    double low_space_share = 0.10;
+    /// A collection for want of space follows another not sooner than this.
+    std::chrono::seconds low_space_interval{600};
+    /// Bytes copied and freed per second by automatic collections; 0: as fast as it goes.
+    uint64_t rate_bytes_per_second = uint64_t{256} << 20;
+};
+
+/// How far a collection is. `done` of `total`, which is an estimate; 0: unknown.
+struct GcProgress {
+    enum class Phase : uint8_t {
+        kMark,     ///< Objects found to be needed.
+        kFree,     ///< Not counted.
+        kRewrite,  ///< Leaves of volumes written anew.
+    };
+    Phase phase = Phase::kMark;
+    uint64_t done = 0;
+    uint64_t total = 0;
+};
+
+struct GcOptions {
+    bool dry_run = false;                ///< Only says what would be freed.
+    uint64_t rate_bytes_per_second = 0;  ///< Copied and freed; 0: as fast as it goes.
+    /// Called now and then by the thread that collects.
+    std::function<void(const GcProgress&)> progress{};
+    /// Asked now and then; true: stop, with kCancelled.
+    std::function<bool()> cancelled{};
+};
+
+/// What a collection did, or with dry_run would do.
+struct GcReport {
+    uint64_t live_bytes = 0;       ///< Content of the chunks and objects that are needed.
+    uint64_t live_chunks = 0;      ///< How many those are.
+    uint64_t dead_bytes = 0;       ///< Content of those that are not, and were freed.
+    uint64_t dead_chunks = 0;      ///< How many those are.
+    uint64_t freed_bytes = 0;      ///< Given back to the file system.
+    uint64_t moved_bytes = 0;      ///< Needed, and copied so that the rest could go.
+    uint64_t rewritten_bytes = 0;  ///< Live parts of chunks, stored anew without the dead parts.
+    uint64_t segments_freed = 0;   ///< Files.
+    std::chrono::nanoseconds duration{};
+
+    /// Adds a collection that followed.
+    void add(const nebula::CollectionReport& next);
+};
+
+/// Garbage and collections, as of now.
+struct GcStats {
+    bool running = false;
+    uint64_t collections = 0;        ///< Completed since the pool was opened; no dry runs.
+    uint64_t failures = 0;           ///< That ended with an error; not those that were cancelled.
+    uint64_t freed_bytes = 0;        ///< By all of those.
+    uint64_t reclaimable_bytes = 0;  ///< Dead now: an estimate, see Catalog::DeadEstimate.
+    std::optional<GcReport> last;    ///< The last one that completed.
+    std::chrono::nanoseconds last_ended{};  ///< Since 1970, UTC; 0: none has.
+    std::string last_error;                 ///< Of the last one, if it failed.
+};
+
 struct PoolStats {
     nebula::StoreStats store;
+    GcStats gc;
+    io::FileSystemSpace space;  ///< Of the file system that the store is on; zeros: not known.
+    bool space_low = false;     ///< See GcPolicy::low_space_share.
     uint64_t images = 0;
     uint64_t volumes = 0;
     uint64_t snapshots = 0;
@@ -84,6 +151,10 @@ struct PoolOptions {
     /// Log bytes after which a checkpoint is made in the background.
     uint64_t checkpoint_bytes = uint64_t{512} << 20;
     unsigned hash_threads = 0;  ///< For imports; 0: one a core, at most 8.
+    GcPolicy gc{};
+    /// Told what an operator should see in a log: warnings of a full disk, collections that were
+    /// made or failed. Called from background threads.
+    std::function<void(const std::string& sentence)> notice{};
     /// Background threads. false (model tests): nothing happens but in calls; flush_async completes
     /// before it returns.
     bool background = true;
@@ -201,6 +272,10 @@ class Pool {
     // The whole.
     virtual PoolStats stats() const = 0;
     virtual Result<void> checkpoint() = 0;
+    /// Frees what nothing refers to any more; see docs/internals/garbage-collection.md. Everything
+    /// else goes on meanwhile. kBusy: another one is running. kCorrupt names what is damaged; then
+    /// nothing was freed.
+    virtual Result<GcReport> gc(const GcOptions& options) = 0;
     virtual std::optional<std::string> read_only_reason() const = 0;
     virtual std::vector<std::string> warnings() const = 0;
     virtual std::array<uint8_t, 16> uuid() const = 0;

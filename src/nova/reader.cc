@@ -78,24 +78,33 @@ class RunReader {
     std::array<std::byte, kPageBytes> after_;
 };
 
-Result<nebula::PageAddress> address_of(nebula::Store& store, const Extent& extent, uint32_t page,
-                                       IoMode mode) {
-    if (extent.chunk_address) {
-        return extent.address_of(page);
+/// Where the chunk of an extent begins. `may_be_stale`: the extent is of a delta, whose addresses
+/// stay as they were when a chunk is moved; `look_up`: they were found to be stale.
+Result<nebula::PageAddress> address_of(nebula::Store& store, NodeCache& cache, const Extent& extent,
+                                       uint32_t page, bool in_delta, bool look_up, IoMode mode) {
+    std::optional<nebula::PageAddress> chunk = extent.chunk_address;
+    if (in_delta && chunk && !look_up) {
+        if (const auto moved = cache.moved_to(*chunk)) {
+            chunk = moved;
+        }
     }
-    if (mode == IoMode::kNoWait) {
-        return fail(ErrorCode::kWouldBlock, "a chunk has to be looked up");
+    if (!chunk || (in_delta && look_up)) {
+        if (mode == IoMode::kNoWait) {
+            return fail(ErrorCode::kWouldBlock, "a chunk has to be looked up");
+        }
+        STELLARIUM_ASSIGN(const nebula::ChunkLocation location, store.resolve(extent.id));
+        if (extent.chunk_address && location.address != *extent.chunk_address) {
+            cache.note_moved(*extent.chunk_address, location.address);
+        }
+        chunk = location.address;
     }
-    STELLARIUM_ASSIGN(const nebula::ChunkLocation location, store.resolve(extent.id));
-    return nebula::PageAddress(location.address.value() + extent.first_in_chunk +
-                               (page - extent.first_page));
+    return nebula::PageAddress(chunk->value() + extent.first_in_chunk + (page - extent.first_page));
 }
 
-}  // namespace
-
-Result<void> read_state(nebula::Store& store, NodeCache& cache, const VolumeState& state,
-                        uint64_t offset_bytes, IovecCursor& into, uint64_t length_bytes,
-                        IoMode mode) {
+/// One attempt of read_state(). `look_up`: addresses that deltas hold are not trusted.
+Result<void> try_read_state(nebula::Store& store, NodeCache& cache, const VolumeState& state,
+                            uint64_t offset_bytes, IovecCursor& into, uint64_t length_bytes,
+                            bool look_up, IoMode mode) {
     RunReader run(store, into, mode);
     const uint64_t end_bytes = offset_bytes + length_bytes;
     const uint64_t mapped_end_bytes =
@@ -111,6 +120,7 @@ Result<void> read_state(nebula::Store& store, NodeCache& cache, const VolumeStat
             const auto page = static_cast<uint32_t>((position - leaf_start) / kPageBytes);
             const Extent* extent = delta ? first_after(*delta, page) : nullptr;
             uint64_t limit = stop;
+            bool in_delta = true;
             if (extent != nullptr && extent->first_page > page) {
                 limit = std::min(stop, leaf_start + extent->first_page * kPageBytes);
                 extent = nullptr;
@@ -119,6 +129,7 @@ Result<void> read_state(nebula::Store& store, NodeCache& cache, const VolumeStat
                 if (!base) {
                     STELLARIUM_ASSIGN(base, cache.leaf(store, state.root, leaf, mode));
                 }
+                in_delta = false;
                 extent = first_after(base->extents, page);
                 if (extent != nullptr && extent->first_page > page) {
                     limit = std::min(limit, leaf_start + extent->first_page * kPageBytes);
@@ -132,7 +143,7 @@ Result<void> read_state(nebula::Store& store, NodeCache& cache, const VolumeStat
                 STELLARIUM_TRY(run.zeros(limit - position));
             } else {
                 STELLARIUM_ASSIGN(const nebula::PageAddress address,
-                                  address_of(store, *extent, page, mode));
+                                  address_of(store, cache, *extent, page, in_delta, look_up, mode));
                 STELLARIUM_TRY(run.pages(address, position % kPageBytes, limit - position));
             }
             position = limit;
@@ -141,6 +152,32 @@ Result<void> read_state(nebula::Store& store, NodeCache& cache, const VolumeStat
     STELLARIUM_TRY(run.finish());
     into.fill_zero(end_bytes - position);
     return {};
+}
+
+}  // namespace
+
+Result<void> read_state(nebula::Store& store, NodeCache& cache, const VolumeState& state,
+                        uint64_t offset_bytes, IovecCursor& into, uint64_t length_bytes,
+                        IoMode mode) {
+    const IovecCursor start = into;
+    for (int attempt = 0;; ++attempt) {
+        auto done = try_read_state(store, cache, state, offset_bytes, into, length_bytes,
+                                   /*look_up=*/attempt > 0, mode);
+        if (done || done.error().code() != ErrorCode::kStale) {
+            return done;
+        }
+        if (mode == IoMode::kNoWait) {
+            return fail(ErrorCode::kWouldBlock, "a chunk has moved");
+        }
+        if (attempt == kMaxStaleReads) {
+            return done;
+        }
+        const uint64_t end_bytes = offset_bytes + length_bytes;
+        for (uint64_t leaf = offset_bytes / kLeafBytes; leaf * kLeafBytes < end_bytes; ++leaf) {
+            cache.forget_leaf(store, state.root, leaf);
+        }
+        into = start;
+    }
 }
 
 Result<std::optional<std::pair<uint64_t, uint64_t>>> next_data(nebula::Store& store,

@@ -3,12 +3,18 @@
 // What is physically consecutive is read in one piece, straight into the caller's buffers; holes
 // are filled with zeros. Dirty pages are not looked at: that is volume.h.
 //
+// A garbage collection may move a chunk, or free one whose state is outdated. Addresses that are
+// stale are looked up again here, a bounded number of times. A state that is neither leased nor
+// that of an entity may turn out to name what is gone: then the caller starts again with the
+// present state (see Volume::read).
+//
 //     IovecCursor cursor(buffers);
 //     STELLARIUM_TRY(read_state(store, cache, state, offset_bytes, cursor, length_bytes, mode));
 //
 // Thread rule: any function from any thread; a state is a value of the caller's own.
-// Errors: kWouldBlock with IoMode::kNoWait when something is not in memory (the buffers may be
-// partly overwritten then); kCorrupt; those of nebula/store.h.
+// Errors: kWouldBlock with IoMode::kNoWait when something is not in memory or has moved (the
+// buffers may be partly overwritten then); kCorrupt and kNotFound for nodes and chunks that are not
+// there; those of nebula/store.h.
 #pragma once
 
 #include <cstdint>

@@ -87,6 +87,8 @@ bool same_content(std::span<const Extent> a, std::span<const Extent> b);
 bool is_canonical(std::span<const Extent> extents, bool holes_allowed);
 /// `top` laid over `below`. keep_holes: a delta over a delta keeps holes; over a leaf they vanish.
 Extents overlay(std::span<const Extent> below, std::span<const Extent> top, bool keep_holes);
+/// How many pages `below` maps that `top`, holes included, covers.
+uint64_t hidden_pages(std::span<const Extent> below, std::span<const Extent> top);
 /// Removes every page at or above `end_page`, cutting an extent that crosses it.
 void truncate(Extents& extents, uint32_t end_page);
 /// Adds `next`, which starts at or after the end of the last one, merging the two if they continue.
@@ -199,6 +201,13 @@ class NodeCache {
     uint64_t memory_bytes() const;
     /// Forgets everything, so that addresses are resolved again (after chunks were moved).
     void clear();
+    /// Forgets the leaf under `root`, because an address in it is stale.
+    void forget_leaf(nebula::Store& store, const NodeRef& root, uint64_t leaf_number);
+
+    /// Where the chunk lies now that was at a stale address, as far as that was found out before.
+    /// Extents of deltas in memory keep the address that they had.
+    std::optional<nebula::PageAddress> moved_to(nebula::PageAddress stale) const;
+    void note_moved(nebula::PageAddress stale, nebula::PageAddress now);
 
     struct Stats {
         uint64_t hits = 0;    ///< Calls of leaf() answered from memory.

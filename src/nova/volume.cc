@@ -40,6 +40,28 @@ Result<void> Volume::check_range(uint64_t offset_bytes, uint64_t length_bytes) c
 
 // --- Reading -------------------------------------------------------------------------------------
 
+/// Calls `attempt` with the present state, and again with a newer one when the state was replaced
+/// meanwhile and what it named was not there any more: a garbage collection has freed it.
+template <typename Attempt>
+Result<void> Volume::with_present_state(Attempt attempt) {
+    for (int tries = 0;; ++tries) {
+        const VolumeState state = entity_->state();
+        Result<void> done = attempt(state);
+        if (done || tries == kMaxStaleReads) {
+            return done;
+        }
+        const ErrorCode code = done.error().code();
+        if (code != ErrorCode::kStale && code != ErrorCode::kNotFound &&
+            code != ErrorCode::kCorrupt) {
+            return done;
+        }
+        const VolumeState now = entity_->state();
+        if (now.root == state.root && now.delta.same_version(state.delta)) {
+            return done;
+        }
+    }
+}
+
 Result<void> Volume::read(uint64_t offset_bytes, std::span<const iovec> into, IoMode mode) {
     const uint64_t length_bytes = total_bytes(into);
     STELLARIUM_TRY(check_range(offset_bytes, length_bytes));
@@ -48,9 +70,10 @@ Result<void> Volume::read(uint64_t offset_bytes, std::span<const iovec> into, Io
     }
     const uint64_t end_bytes = offset_bytes + length_bytes;
     if (!dirty()) {
-        IovecCursor cursor(into);
-        return read_state(store_, cache_, entity_->state(), offset_bytes, cursor, length_bytes,
-                          mode);
+        return with_present_state([&](const VolumeState& state) {
+            IovecCursor cursor(into);
+            return read_state(store_, cache_, state, offset_bytes, cursor, length_bytes, mode);
+        });
     }
 
     // What is dirty is copied first; the state is asked for after that.
@@ -87,13 +110,14 @@ Result<void> Volume::read(uint64_t offset_bytes, std::span<const iovec> into, Io
     if (clean.empty()) {
         return {};
     }
-    const VolumeState state = entity_->state();
-    IovecCursor rest(into);
-    for (const auto& [start, stop] : clean) {
-        rest.move_to(start - offset_bytes);
-        STELLARIUM_TRY(read_state(store_, cache_, state, start, rest, stop - start, mode));
-    }
-    return {};
+    return with_present_state([&](const VolumeState& state) -> Result<void> {
+        IovecCursor rest(into);
+        for (const auto& [start, stop] : clean) {
+            rest.move_to(start - offset_bytes);
+            STELLARIUM_TRY(read_state(store_, cache_, state, start, rest, stop - start, mode));
+        }
+        return {};
+    });
 }
 
 /// The present content of one page.
@@ -113,9 +137,10 @@ Result<void> Volume::load_page(uint64_t page, MutableBytes into, IoMode mode) {
         }
     }
     const iovec whole = to_iovec(into);
-    IovecCursor cursor(std::span(&whole, 1));
-    return read_state(store_, cache_, entity_->state(), page * kPageBytes, cursor, kPageBytes,
-                      mode);
+    return with_present_state([&](const VolumeState& state) {
+        IovecCursor cursor(std::span(&whole, 1));
+        return read_state(store_, cache_, state, page * kPageBytes, cursor, kPageBytes, mode);
+    });
 }
 
 // --- The dirty map -------------------------------------------------------------------------------

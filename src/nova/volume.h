@@ -135,6 +135,8 @@ class Volume : public std::enable_shared_from_this<Volume> {
 
     Shard& shard_of(uint64_t page) { return shards_[page / kPagesPerLeaf % kShards]; }
 
+    template <typename Attempt>
+    Result<void> with_present_state(Attempt attempt);
     Result<void> check_range(uint64_t offset_bytes, uint64_t length_bytes) const;
     uint64_t max_piece_bytes() const;
     Result<void> reserve(uint32_t count, std::vector<Slot>& out, IoMode mode);

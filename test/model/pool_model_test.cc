@@ -3,8 +3,9 @@
 // A program works on a few images and volumes: guest writes, reads, discards and flushes at sector
 // granularity, every catalog operation, imports, exports and differences, checkpoints, clean
 // restarts, deaths of the process, losses of power, full disks, and operations that are cut off in
-// the middle. What was acknowledged must be there: after the death of a process exactly, after a
-// loss of power with every unflushed sector old or new.
+// the middle. Garbage is collected now and then, with exports and an import in progress, whose
+// content is about to die. What was acknowledged must be there: after the death of a process
+// exactly, after a loss of power with every unflushed sector old or new.
 //
 //     STELLARIUM_TEST_SEED=17    begin with program 17, the one that failed
 //     STELLARIUM_TEST_SCALE=10   run ten times as many
@@ -64,7 +65,7 @@ class Program {
         }
         if (!failed()) {
             log("final restart");
-            devices_.clear();
+            abandon();
             for (auto& [name, volume] : shadow_) {
                 volume.flushed();
             }
@@ -318,14 +319,33 @@ class Program {
             void (Program::*run)();
         };
         static constexpr Choice kChoices[] = {
-            {40, &Program::write},          {15, &Program::read},      {8, &Program::discard},
-            {6, &Program::flush},           {3, &Program::create},     {2, &Program::import},
-            {4, &Program::clone},           {5, &Program::snapshot},   {3, &Program::rollback},
-            {4, &Program::resize},          {2, &Program::rename},     {3, &Program::remove},
-            {2, &Program::remove_snapshot}, {3, &Program::export_one}, {3, &Program::diff},
-            {3, &Program::checkpoint},      {3, &Program::detach},     {2, &Program::detail},
-            {2, &Program::reopen},          {3, &Program::kill},       {3, &Program::lose_power},
-            {2, &Program::fill_disk},       {3, &Program::cut_off},
+            {40, &Program::write},
+            {15, &Program::read},
+            {8, &Program::discard},
+            {6, &Program::flush},
+            {3, &Program::create},
+            {2, &Program::import},
+            {4, &Program::clone},
+            {5, &Program::snapshot},
+            {3, &Program::rollback},
+            {4, &Program::resize},
+            {2, &Program::rename},
+            {3, &Program::remove},
+            {2, &Program::remove_snapshot},
+            {3, &Program::export_one},
+            {3, &Program::diff},
+            {3, &Program::checkpoint},
+            {3, &Program::detach},
+            {2, &Program::detail},
+            {2, &Program::reopen},
+            {3, &Program::kill},
+            {3, &Program::lose_power},
+            {2, &Program::fill_disk},
+            {3, &Program::cut_off},
+            {6, &Program::collect},
+            {3, &Program::hold},
+            {3, &Program::let_go},
+            {6, &Program::import_more},
         };
         unsigned total = 0;
         for (const Choice& choice : kChoices) {
@@ -684,6 +704,108 @@ class Program {
         EXPECT_EQ(result->root == Hash256{}, result->data_bytes == 0);
     }
 
+    void collect() {
+        const bool dry_run = chance(15);
+        log(dry_run ? "collect garbage, dry run" : "collect garbage");
+        const auto report = pool_->gc({.dry_run = dry_run});
+        if (happened(report) && dry_run) {
+            EXPECT_EQ(report->moved_bytes + report->rewritten_bytes, 0U);
+        }
+    }
+
+    // --- What goes on across many operations -----------------------------------------------------
+
+    struct Held {
+        std::string source;
+        std::unique_ptr<Reader> reader;
+        std::vector<std::byte> content;
+    };
+
+    /// Begins an export, to go on with when the source has changed or gone.
+    void hold() {
+        const auto source = any_source();
+        if (!source || held_.size() >= 3) {
+            return;
+        }
+        log("hold a reader of " + *source);
+        auto reader = pool_->open_reader(*source);
+        if (happened(reader)) {
+            const Content& content = content_of(*source);
+            held_.push_back({*source, *std::move(reader), content.read(0, content.size_bytes())});
+        }
+    }
+
+    void let_go() {
+        if (held_.empty()) {
+            return;
+        }
+        const Held held = std::move(held_.front());
+        held_.erase(held_.begin());
+        log("read what a reader of " + held.source + " has held");
+        ASSERT_EQ(held.reader->size_bytes(), held.content.size());
+        std::vector<std::byte> actual(held.content.size());
+        ASSERT_TRUE(happened(held.reader->read(0, actual)));
+        EXPECT_TRUE(actual == held.content) << held.source << ": a held reader reads wrong";
+    }
+
+    struct Importing {
+        std::string name;
+        std::unique_ptr<ImageImport> import;
+        Content content;
+    };
+
+    /// Begins a long import, or gives it more, or finishes it. Much of it is what volumes hold.
+    void import_more() {
+        if (!importing_) {
+            if (shadow_.size() >= kMaxThings) {
+                return;
+            }
+            const std::string name = fresh_name();
+            log("begin the import of " + name);
+            auto import = pool_->begin_import(name);
+            if (happened(import)) {
+                importing_.emplace(Importing{name, *std::move(import), {}});
+            }
+            return;
+        }
+        const uint64_t offset =
+            (importing_->content.size_bytes() + kPageBytes - 1) / kPageBytes * kPageBytes;
+        if (offset > 2 * kMiB || chance(15)) {
+            log("finish the import of " + importing_->name);
+            Importing done = *std::move(importing_);
+            importing_.reset();
+            if (shadow_.size() < kMaxThings &&
+                happened(done.import->finish(done.content.size_bytes()))) {
+                ShadowVolume& image = shadow_[done.name];
+                image.content = std::move(done.content);
+                image.is_image = true;
+            }
+            return;
+        }
+        std::vector<std::byte> data;
+        const auto source = any_source();
+        if (source && chance(70)) {
+            const Content& content = content_of(*source);
+            data = content.read(0, std::min<uint64_t>(content.size_bytes(), kMiB));
+        }
+        if (data.empty()) {
+            data = random_data(1 + below(300'000));
+        }
+        log(fmt::format("import {} more bytes to {}", data.size(), importing_->name));
+        importing_->content.resize(offset + data.size());
+        importing_->content.write(offset, data);
+        if (!happened(importing_->import->append(offset, data))) {
+            importing_.reset();
+        }
+    }
+
+    /// The process ends, and with it what was going on.
+    void abandon() {
+        devices_.clear();
+        held_.clear();
+        importing_.reset();
+    }
+
     void checkpoint() {
         log("checkpoint");
         happened(pool_->checkpoint());
@@ -708,7 +830,7 @@ class Program {
     void reopen() {
         heal();
         log("close and open");
-        devices_.clear();
+        abandon();
         pool_.reopen();
         all_flushed();
         check_everything();
@@ -717,7 +839,7 @@ class Program {
     void kill() {
         log("the process dies");
         pool_.machine().kill_process();
-        devices_.clear();
+        abandon();
         pool_.kill();
         check_everything(/*after_crash=*/!keeps_arena_);
     }
@@ -726,7 +848,7 @@ class Program {
         const uint64_t seed = random_();
         log(fmt::format("power fails, seed {}", seed));
         pool_.machine().files().crash(seed);
-        devices_.clear();
+        abandon();
         pool_.kill();
         check_everything(/*after_crash=*/true);
     }
@@ -751,7 +873,8 @@ class Program {
             return;
         }
         const bool power = chance(50);
-        const uint64_t at = 1 + below(12);
+        const bool collecting = chance(30);
+        const uint64_t at = 1 + below(collecting ? 60 : 12);
         const auto side = static_cast<io::HaltSide>(below(3));
         log(fmt::format("cut off at mutation {}, side {}, {}", at, static_cast<int>(side),
                         power ? "power" : "process"));
@@ -766,7 +889,11 @@ class Program {
         Shadow after = shadow_;
         bool done = false;
         const std::string fresh = fresh_name();
-        switch (below(4)) {
+        switch (collecting ? 4 : below(4)) {
+            case 4:
+                log("  collect garbage");
+                done = pool_->gc({}).has_value();
+                break;
             case 0:
                 log("  clone");
                 done = pool_->clone(*name, {fresh}).has_value();
@@ -805,7 +932,7 @@ class Program {
         } else {
             pool_.machine().kill_process();
         }
-        devices_.clear();
+        abandon();
         pool_.kill();
         if (!done && (pool_->find(fresh) || pool_->find(*name + "@" + fresh))) {
             log("  it had happened");
@@ -823,6 +950,8 @@ class Program {
     const bool keeps_arena_;
     Shadow shadow_;
     std::map<std::string, std::shared_ptr<BlockDevice>> devices_;
+    std::vector<Held> held_;
+    std::optional<Importing> importing_;
     std::vector<std::string> history_;
     uint64_t next_name_ = 0;
     std::vector<std::byte> actual_ = std::vector<std::byte>(kPieceBytes);
