@@ -375,13 +375,14 @@ Result<CollectionReport> CollectionImpl::sweep(const SweepOptions& options) {
     const auto set_running = [this](bool running) {
         const std::lock_guard guard(store_.checkpoint_mutex_);
         store_.sweep_running_ = running;
+        store_.condemning_ = running;
     };
-    set_running(true);
     Pace pace(options);
     auto swept = [&]() -> Result<void> {
         STELLARIUM_TRY(move_sparse(options, pace));
         // What was moved is durable before what it was moved from may go.
         STELLARIUM_TRY(store_.sync(store_.sequence()));
+        set_running(true);
         for (Segment* segment : store_.segments_->all()) {
             STELLARIUM_TRY(pace.spend(0));
             STELLARIUM_TRY(condemn(*segment));

@@ -98,18 +98,25 @@ Result<void> StoreImpl::sync_footers() {
 }
 
 /// Writes the index anew when it is time to, and says so in `slot`.
-Result<void> StoreImpl::write_index(SuperblockSlot& slot, uint64_t dead_pairs) {
+Result<void> StoreImpl::write_index(SuperblockSlot& slot, bool all_is_recorded,
+                                    uint64_t dead_pairs) {
     uint64_t appended = 0;
     uint32_t first_segment_beyond = 0;
     uint64_t last_sequence = 0;
+    bool condemned = false;
     {
         const std::lock_guard append_guard(append_mutex_);
         const std::lock_guard guard(state_mutex_);
         appended = counters_.appended_bytes;
         last_sequence = sequence_.load();
+        condemned = condemned_chunks_ > 0 || condemning_;
         // The entries of all segments below the active one are in the index by now.
         first_segment_beyond =
             active_.segment != nullptr ? active_.segment->number() : last_segment_ + 1;
+    }
+    if (condemned && !all_is_recorded) {
+        // A crash brings back what is not recorded: an index without it would miss something.
+        return {};
     }
     const uint64_t grown = appended - slot.index_appended_bytes;
     const uint64_t enough =
@@ -187,7 +194,7 @@ Result<void> StoreImpl::write_superblock(const SuperblockSlot& slot) {
     return {};
 }
 
-Result<void> StoreImpl::publish(SuperblockSlot& slot) {
+Result<void> StoreImpl::publish(SuperblockSlot& slot, const DeadRecord* record) {
     const SuperblockSlot old = superblock_;
     const bool other_map = old.dead_map_generation != slot.dead_map_generation;
     for (int i = 0; i < (other_map ? 2 : 1); ++i) {
@@ -195,6 +202,9 @@ Result<void> StoreImpl::publish(SuperblockSlot& slot) {
         seal(slot);
         STELLARIUM_TRY(write_superblock(slot));
         superblock_ = slot;
+        if (record != nullptr && i == 0) {
+            apply(*record);
+        }
     }
     // Left behind, they cost space until the next open.
     if (old.index_generation != 0 && old.index_generation != slot.index_generation) {
@@ -225,21 +235,27 @@ Result<void> StoreImpl::checkpoint(uint64_t sequence, Bytes payload) {
     SuperblockSlot slot = superblock_;
     STELLARIUM_TRY(sync(this->sequence()));
     STELLARIUM_TRY(sync_footers());
-    STELLARIUM_TRY(write_index(slot, 0));
-    if (!sweep_running_ && segments_->damage_version() != recorded_damage_version_) {
-        // A full disk must not stop checkpoints; the damage will be found again.
+    std::optional<DeadRecord> record;
+    if (!sweep_running_ && has_unrecorded()) {
         auto written = write_dead_map(slot);
-        if (!written && written.error().code() != ErrorCode::kNoSpace) {
-            return written;
+        if (written) {
+            record = *std::move(written);
+        } else if (written.error().code() != ErrorCode::kNoSpace) {
+            return std::unexpected(std::move(written).error());
         }
+        // A full disk must not stop checkpoints: a later one will record it.
     }
+    STELLARIUM_TRY(write_index(slot, record.has_value(), 0));
     fill_position(slot, sequence);
+    if (record) {
+        record->take_off(slot);
+    }
     slot.payload = {};
     slot.payload_bytes = static_cast<uint32_t>(payload.size());
     if (!payload.empty()) {
         std::memcpy(slot.payload.data(), payload.data(), payload.size());
     }
-    STELLARIUM_TRY(publish(slot));
+    STELLARIUM_TRY(publish(slot, record ? &*record : nullptr));
     const std::lock_guard guard(state_mutex_);
     checkpoint_appended_bytes_ = slot.appended_bytes;
     while (!batches_.empty() && batches_.front().sequence <= sequence) {

@@ -168,6 +168,23 @@ class StoreImpl final : public Store {
         uint64_t last_sequence = 0;
     };
 
+    /// What a new dead map names that the one before did not.
+    struct DeadRecord {
+        struct Part {
+            Segment* segment = nullptr;
+            bool whole = false;
+            uint32_t dead_pages = 0;
+            std::vector<PageRun> runs{};
+        };
+        std::vector<Part> segments;  ///< All that it names.
+        uint64_t damage_version = 0;
+        uint64_t chunks = 0;  ///< These three are to be taken off the counters.
+        uint64_t unique_bytes = 0;
+        uint64_t stored_bytes = 0;
+
+        void take_off(SuperblockSlot& slot) const;
+    };
+
     // Opening.
     Result<void> read_superblock();
     Result<void> open_dead_map();
@@ -211,18 +228,23 @@ class StoreImpl final : public Store {
 
     // Checkpoints; checkpoint_mutex_ is held.
     Result<void> sync_footers();
-    /// When it is time to, or when `dead_pairs`, erased since, make up much of the old one.
-    Result<void> write_index(SuperblockSlot& slot, uint64_t dead_pairs);
+    /// When it is time to, or when `dead_pairs`, erased since, make up much of the old one. Not
+    /// while something is condemned and not recorded, unless `slot` is about to record it.
+    Result<void> write_index(SuperblockSlot& slot, bool all_is_recorded, uint64_t dead_pairs);
     void fill_position(SuperblockSlot& slot, uint64_t sequence);
     Result<void> write_superblock(const SuperblockSlot& slot);
-    /// Makes `slot` the newest generation; both generations, when it names another dead map. Then
-    /// removes the files that are named no more.
-    Result<void> publish(SuperblockSlot& slot);
+    /// Makes `slot` the newest generation; both generations, when it names another dead map, whose
+    /// record is applied then. Removes the files that are named no more.
+    Result<void> publish(SuperblockSlot& slot, const DeadRecord* record = nullptr);
 
     // Reclaiming; by the sweep that runs, or with checkpoint_mutex_ held when none does.
-    /// Writes what is dead and damaged into a new dead map, which `slot` names then, and takes it
-    /// off the counters. checkpoint_mutex_ is held.
-    Result<void> write_dead_map(SuperblockSlot& slot);
+    /// Something is condemned or damaged that the newest dead map does not name.
+    bool has_unrecorded() const;
+    /// Writes what is dead and damaged into a new dead map, which `slot` names then.
+    /// checkpoint_mutex_ is held.
+    Result<DeadRecord> write_dead_map(SuperblockSlot& slot);
+    /// The superblock names that map now: what is in it is recorded, and counts no more.
+    void apply(const DeadRecord& record);
     /// The whole of it: sync, map, superblock. `dead_pairs`: see write_index.
     Result<void> record_dead(uint64_t dead_pairs);
     /// Unlinks and punches what the dead map names, and says so in the superblock. `freed(bytes)`
@@ -265,7 +287,9 @@ class StoreImpl final : public Store {
     std::mutex checkpoint_mutex_;  ///< One checkpoint at a time; guards superblock_ after open.
     SuperblockSlot superblock_{};
     uint64_t index_bytes_written_ = 0;
-    bool sweep_running_ = false;
+    bool sweep_running_ = false;  ///< From the first condemned entry to the last freed byte.
+    bool condemning_ = false;     ///< Until it is recorded.
+    uint32_t last_dead_map_ = 0;  ///< The highest number tried.
     uint64_t recorded_damage_version_ = 0;
     std::vector<uint32_t> whole_dead_files_;  ///< Segments to be unlinked that were never opened.
 

@@ -59,22 +59,29 @@ Result<std::optional<StoreImpl::Found>> StoreImpl::confirm(const ChunkId& id, Pa
 
 /// A copy that is known to be damaged is the answer only when there is no other.
 Result<std::optional<StoreImpl::Found>> StoreImpl::probe(const ChunkId& id, Want want) {
-    std::optional<Found> damaged;
     std::vector<PageAddress> candidates;
-    STELLARIUM_TRY(with_index([&]() -> Result<void> {
-        candidates.clear();
-        return index_->candidates(id, candidates);
-    }));
-    for (const PageAddress address : candidates) {
-        STELLARIUM_ASSIGN(auto found, confirm(id, address, want));
-        if (found && !found->damaged) {
-            return found;
+    while (true) {
+        const uint64_t epoch = condemn_epoch_.load();
+        STELLARIUM_TRY(with_index([&]() -> Result<void> {
+            candidates.clear();
+            return index_->candidates(id, candidates);
+        }));
+        std::optional<Found> damaged;
+        for (const PageAddress address : candidates) {
+            STELLARIUM_ASSIGN(auto found, confirm(id, address, want));
+            if (found && !found->damaged) {
+                return found;
+            }
+            if (found) {
+                damaged = found;
+            }
         }
-        if (found) {
-            damaged = found;
+        // The only candidate may have been condemned in between, and its copy be newer than the
+        // list.
+        if (condemn_epoch_.load() == epoch) {
+            return damaged;
         }
     }
-    return damaged;
 }
 
 Result<StoreImpl::Found> StoreImpl::find(const ChunkId& id, std::optional<PageAddress> hint,
@@ -142,22 +149,28 @@ Result<void> StoreImpl::audit_index() {
 Result<void> StoreImpl::find_stored(std::span<const ChunkId> ids,
                                     const std::function<void(size_t, const Found&)>& found) {
     std::vector<ChunkIndex::Match> matches;
-    STELLARIUM_TRY(with_index([&]() -> Result<void> {
-        matches.clear();
-        return index_->find_many(ids, matches);
-    }));
     std::vector<bool> done(ids.size(), false);
-    for (const ChunkIndex::Match& match : matches) {
-        if (!done[match.id_index]) {
-            STELLARIUM_ASSIGN(const auto confirmed,
-                              confirm(ids[match.id_index], match.address, Want::kAny));
-            if (confirmed && !confirmed->damaged) {
-                done[match.id_index] = true;
-                found(match.id_index, *confirmed);
+    while (true) {
+        const uint64_t epoch = condemn_epoch_.load();
+        STELLARIUM_TRY(with_index([&]() -> Result<void> {
+            matches.clear();
+            return index_->find_many(ids, matches);
+        }));
+        for (const ChunkIndex::Match& match : matches) {
+            if (!done[match.id_index]) {
+                STELLARIUM_ASSIGN(const auto confirmed,
+                                  confirm(ids[match.id_index], match.address, Want::kAny));
+                if (confirmed && !confirmed->damaged) {
+                    done[match.id_index] = true;
+                    found(match.id_index, *confirmed);
+                }
             }
         }
+        // See probe().
+        if (condemn_epoch_.load() == epoch) {
+            return {};
+        }
     }
-    return {};
 }
 
 Result<void> StoreImpl::contains(std::span<const ChunkId> ids, std::span<bool> out) {

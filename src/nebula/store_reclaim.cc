@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <unordered_map>
 #include <utility>
 
 #include "nebula/dead_map.h"
@@ -118,25 +117,40 @@ void StoreImpl::subtract_from_counters(uint64_t chunks, uint64_t unique_bytes,
     }
 }
 
-Result<void> StoreImpl::write_dead_map(SuperblockSlot& slot) {
-    const uint64_t damage_version = segments_->damage_version();
-    DeadMap map{.generation = superblock_.dead_map_generation + 1, .segments = {}};
+bool StoreImpl::has_unrecorded() const {
+    const std::lock_guard guard(state_mutex_);
+    return condemned_chunks_ > 0 || segments_->damage_version() != recorded_damage_version_;
+}
+
+Result<StoreImpl::DeadRecord> StoreImpl::write_dead_map(SuperblockSlot& slot) {
+    DeadRecord record;
+    record.damage_version = segments_->damage_version();
+    // No number twice: a superblock whose writing failed may name the last one all the same.
+    last_dead_map_ = std::max(last_dead_map_, superblock_.dead_map_generation.get()) + 1;
+    DeadMap map{.generation = last_dead_map_, .segments = {}};
     for (const uint32_t number : whole_dead_files_) {
         map.segments[number].whole = true;
     }
     bool all_freed = whole_dead_files_.empty();
-    std::unordered_map<uint32_t, uint32_t> whole_pages;
     for (Segment* segment : segments_->all()) {
         DeadSegment parts;
+        uint32_t dead_pages = 0;
         if (segment->reclaim.whole) {
             parts.whole = true;
             all_freed = false;
-            STELLARIUM_ASSIGN(whole_pages[segment->number()], file_pages(*segment));
+            STELLARIUM_ASSIGN(dead_pages, file_pages(*segment));
         } else {
             parts = segments_->dead_parts(*segment);
             all_freed = all_freed && parts.runs == segment->reclaim.punched;
+            dead_pages = pages_in(parts.runs);
         }
         if (!parts.empty()) {
+            record.segments.push_back({.segment = segment,
+                                       .whole = parts.whole,
+                                       .dead_pages = dead_pages,
+                                       .runs = parts.runs});
+            record.stored_bytes +=
+                uint64_t{dead_pages - segment->reclaim.recorded_pages} * kPageBytes;
             map.segments.emplace(segment->number(), std::move(parts));
         }
     }
@@ -151,38 +165,40 @@ Result<void> StoreImpl::write_dead_map(SuperblockSlot& slot) {
     }();
     if (!written) {
         [[maybe_unused]] const auto best_effort = files_.remove(path);
-        return written;
+        return std::unexpected(std::move(written).error());
     }
     slot.features_refuse = slot.features_refuse | kFeatureDeadMap;
     slot.dead_map_generation = map.generation;
     slot.dead_map_freed = all_freed ? 1 : 0;
-    recorded_damage_version_ = damage_version;
+    const std::lock_guard guard(state_mutex_);
+    record.chunks = condemned_chunks_;
+    record.unique_bytes = condemned_bytes_;
+    return record;
+}
 
-    uint64_t newly_dead_bytes = 0;
-    for (const auto& [number, parts] : map.segments) {
-        Segment* segment = segments_->find(number);
-        if (segment == nullptr) {
-            continue;
-        }
-        Segment::Reclaim& reclaim = segment->reclaim;
-        const uint32_t dead_pages = parts.whole ? whole_pages[number] : pages_in(parts.runs);
-        const uint64_t more = uint64_t{dead_pages - reclaim.recorded_pages} * kPageBytes;
-        reclaim.recorded_pages = dead_pages;
-        reclaim.recorded = parts.runs;
-        reclaim.recorded_whole = parts.whole;
-        reclaim.unfreed_bytes += more;
-        newly_dead_bytes += more;
+void StoreImpl::DeadRecord::take_off(SuperblockSlot& slot) const {
+    slot.chunks = slot.chunks - chunks;
+    slot.unique_bytes = slot.unique_bytes - unique_bytes;
+    slot.stored_bytes = slot.stored_bytes - stored_bytes;
+}
+
+void StoreImpl::apply(const DeadRecord& record) {
+    recorded_damage_version_ = record.damage_version;
+    condemning_ = false;
+    for (const DeadRecord::Part& part : record.segments) {
+        Segment::Reclaim& reclaim = part.segment->reclaim;
+        reclaim.unfreed_bytes += uint64_t{part.dead_pages - reclaim.recorded_pages} * kPageBytes;
+        reclaim.recorded_pages = part.dead_pages;
+        reclaim.recorded = part.runs;
+        reclaim.recorded_whole = part.whole;
     }
-    uint64_t chunks = 0;
-    uint64_t unique_bytes = 0;
     {
         const std::lock_guard guard(state_mutex_);
-        chunks = std::exchange(condemned_chunks_, 0);
-        unique_bytes = std::exchange(condemned_bytes_, 0);
-        unfreed_bytes_ += newly_dead_bytes;
+        condemned_chunks_ -= record.chunks;
+        condemned_bytes_ -= record.unique_bytes;
+        unfreed_bytes_ += record.stored_bytes;
     }
-    subtract_from_counters(chunks, unique_bytes, newly_dead_bytes);
-    return {};
+    subtract_from_counters(record.chunks, record.unique_bytes, record.stored_bytes);
 }
 
 Result<void> StoreImpl::record_dead(uint64_t dead_pairs) {
@@ -191,10 +207,11 @@ Result<void> StoreImpl::record_dead(uint64_t dead_pairs) {
     SuperblockSlot slot = superblock_;
     STELLARIUM_TRY(sync(sequence()));
     STELLARIUM_TRY(sync_footers());
-    STELLARIUM_TRY(write_dead_map(slot));
-    STELLARIUM_TRY(write_index(slot, dead_pairs));
+    STELLARIUM_ASSIGN(const DeadRecord record, write_dead_map(slot));
+    STELLARIUM_TRY(write_index(slot, /*all_is_recorded=*/true, dead_pairs));
     fill_position(slot, slot.sequence);
-    return publish(slot);
+    record.take_off(slot);
+    return publish(slot, &record);
 }
 
 Result<uint32_t> StoreImpl::file_pages(Segment& segment) {
