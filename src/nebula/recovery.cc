@@ -42,6 +42,8 @@ class Recovery {
     Result<void> open_sources(const std::vector<uint32_t>& numbers);
     Result<void> read_before_checkpoint();
     Result<void> read_after_checkpoint();
+    /// The batch that the next segment's first one follows; nullopt when there is none.
+    Result<std::optional<uint64_t>> predecessor_of_next(size_t source);
     Result<Evidence> evidence_behind(size_t source, uint32_t page);
     /// Makes the batch's entries known.
     void add_entries(Source& source, const ScannedBatch& batch);
@@ -205,12 +207,20 @@ Result<void> Recovery::read_after_checkpoint() {
     uint32_t page =
         sources_.front().number == superblock_.log_segment ? superblock_.log_page.get() : 1;
     int looks_left = may_write_ ? 0 : kReadOnlyLooks;
+    STELLARIUM_ASSIGN(auto next_follows, predecessor_of_next(source));
     while (true) {
         std::string why;
         std::optional<ScannedBatch> found;
         auto batch = read_batch(*sources_[source].file, store_id_, sources_[source].number, page,
                                 DataCheck::kHashes);
-        if (batch && batch->previous_sequence == log_.last_sequence) {
+        if (batch && next_follows == log_.last_sequence) {
+            // A writer goes on in the next segment and does not come back: this one's append
+            // failed.
+            why = fmt::format(
+                "{} at offset {}: batch {} was given up, the log goes on in the next "
+                "segment",
+                sources_[source].file->path(), uint64_t{page} * kPageBytes, batch->sequence);
+        } else if (batch && batch->previous_sequence == log_.last_sequence) {
             found = std::move(*batch);
         } else if (batch) {
             why = fmt::format("{} at offset {}: batch {} follows batch {}, not {}",
@@ -235,6 +245,7 @@ Result<void> Recovery::read_after_checkpoint() {
                                                .file = sources_[source].file});
                 found = std::move(*next);
                 ++source;
+                STELLARIUM_ASSIGN(next_follows, predecessor_of_next(source));
             } else if (!next && next.error().code() != ErrorCode::kCorrupt) {
                 return std::unexpected(next.error());
             }
@@ -274,6 +285,22 @@ Result<void> Recovery::read_after_checkpoint() {
         }
         return end_log(source, page, why);
     }
+}
+
+Result<std::optional<uint64_t>> Recovery::predecessor_of_next(size_t source) {
+    if (source + 1 >= sources_.size()) {
+        return std::nullopt;
+    }
+    const Source& next = sources_[source + 1];
+    const auto bytes = read_batch_header(*next.file, store_id_, next.number, 1);
+    if (!bytes && bytes.error().code() != ErrorCode::kCorrupt) {
+        return std::unexpected(bytes.error());
+    }
+    if (!bytes) {
+        return std::nullopt;
+    }
+    STELLARIUM_ASSIGN(const BatchView view, decode_batch(*bytes, store_id_, next.number, 1));
+    return view.header->previous_sequence.get();
 }
 
 Result<Recovery::Evidence> Recovery::evidence_behind(size_t source, uint32_t page) {

@@ -340,11 +340,16 @@ Result<void> StoreImpl::write_batch(Plan& plan, std::span<const Unit> units,
 
     const uint64_t offset = uint64_t{active_.end_page} * kPageBytes;
     if (auto written = io::write_all(*active_.file, std::move(buffers), offset); !written) {
-        // The batch is not there. Its bytes go now if they can; else the next batch goes over them,
-        // and a footer cuts off the rest.
-        [[maybe_unused]] const auto best_effort = active_.file->truncate(offset);
+        // The batch is not there. Its bytes go now if they can; else the next batch of this segment
+        // goes over them. Whatever takes its number, there or in the next segment, is acknowledged
+        // only when that is durable: after a loss of power they would look like the log's last
+        // batch.
+        active_.has_remains = !active_.file->truncate(offset).has_value();
+        const std::lock_guard guard(state_mutex_);
+        note_unsynced(header.sequence);
         return written;
     }
+    active_.has_remains = false;
 
     // Visible from here on: entries first, then the index that leads to them.
     for (size_t i = 0; i < entries.size(); ++i) {
@@ -384,17 +389,30 @@ Result<void> StoreImpl::write_batch(Plan& plan, std::span<const Unit> units,
     }
     counters_.add_batch(end_page - active_.end_page, entries, header.duplicate_bytes);
     pending_duplicate_bytes_ = 0;
-    if (unsynced_.empty() || unsynced_.back().segment != active_.segment->number()) {
-        unsynced_.push_back({.file = active_.file, .segment = active_.segment->number()});
-    }
-    unsynced_.back().last_sequence = header.sequence;
+    note_unsynced(header.sequence);
     active_.end_page = end_page;
     highest_sequence_ = header.sequence;
     sequence_.store(header.sequence, std::memory_order_release);
     return {};
 }
 
+void StoreImpl::note_unsynced(uint64_t sequence) {
+    if (unsynced_.empty() || unsynced_.back().segment != active_.segment->number()) {
+        unsynced_.push_back({.file = active_.file, .segment = active_.segment->number()});
+    }
+    unsynced_.back().last_sequence = sequence;
+}
+
 Result<void> StoreImpl::start_segment() {
+    if (active_.has_remains) {
+        // Left behind, the batch would compete with the one that takes its number.
+        const auto cut = active_.file->truncate(uint64_t{active_.end_page} * kPageBytes);
+        if (!cut) {
+            return std::unexpected(cut.error().with_context(
+                "what an append that failed has left at the end of a segment cannot be cut off"));
+        }
+        active_.has_remains = false;
+    }
     if (last_segment_ >= PageAddress::kMaxSegment) {
         return fail(ErrorCode::kLimitExceeded,
                     fmt::format("the store {} has used all {} segment numbers", directory_,

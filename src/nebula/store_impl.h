@@ -166,6 +166,7 @@ class StoreImpl final : public Store {
         size_t entries = 0;
         uint64_t first_sequence = 0;
         uint64_t last_sequence = 0;
+        bool has_remains = false;  ///< Bytes of an append that failed lie behind end_page.
     };
 
     /// What a new dead map names that the one before did not.
@@ -223,6 +224,8 @@ class StoreImpl final : public Store {
     Result<void> append_copies(std::vector<Item> items);
     /// Has the collection that runs, if any, and the protection, if any, keep this entry.
     void keep(uint32_t segment, uint32_t ordinal, MarkSet* protection);
+    /// The active segment has changes that batches up to `sequence` rely on. state_mutex_ is held.
+    void note_unsynced(uint64_t sequence);
     Result<void> start_segment();
     Result<void> write_footer(const PendingFooter& footer);
 

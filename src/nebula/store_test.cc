@@ -7,6 +7,7 @@
 #include <optional>
 #include <thread>
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include "io/simulated.h"
@@ -552,6 +553,135 @@ TEST_F(StoreTest, AFullDiskLeavesAStoreThatWorks) {
     EXPECT_EQ(reopened.replay.records.size(), stored.size());
     EXPECT_OK(read_chunk(*reopened.store, more.id));
     EXPECT_TRUE(reopened.store->warnings().empty()) << reopened.store->warnings().front();
+}
+
+/// An append that is half written at the end of segment 1 and fails, the next one, which takes its
+/// number and needs segment 2, and one more, all synced: they are what is there after `death`.
+template <typename Death>
+void check_failed_append_at_a_segments_end(uint64_t seed, bool truncate_fails, Death&& death) {
+    io::SimulatedMachine machine(seed);
+    const StoreOptions options{.segment_bytes = kMinSegmentBytes};
+    auto opened = open_store(machine.env(), "/pool", options);
+    ASSERT_OK(opened);
+    Store& store = *opened->store;
+    const auto put = [&](uint64_t first, uint64_t chunks, std::string_view record) {
+        WriteBatch batch;
+        std::vector<Blob> blobs;
+        for (uint64_t i = 0; i < chunks; ++i) {
+            blobs.push_back(make_chunk(first + i, 8));
+            batch.add_chunk(blobs.back().id, blobs.back().bytes);
+        }
+        batch.add_record(7, bytes_of(record));
+        return store.append(batch);
+    };
+    const auto first = put(100, 5, "one");  // Most of segment 1.
+    ASSERT_OK(first);
+    ASSERT_OK(store.sync(first->sequence));
+    io::Fault half;
+    half.kind = io::OperationKind::kWrite;
+    half.short_transfer = true;
+    io::Fault full;
+    full.kind = io::OperationKind::kWrite;
+    full.errno_value = ENOSPC;
+    full.nth = 2;
+    machine.files().inject(half);
+    machine.files().inject(full);
+    if (truncate_fails) {
+        io::Fault fault;
+        fault.kind = io::OperationKind::kTruncate;
+        fault.path_part = "0000001.seg";
+        fault.for_ever = true;
+        machine.files().inject(fault);
+    }
+    ASSERT_FALSE(put(200, 1, "failed"));
+    auto second = put(300, 4, "two");
+    if (truncate_fails) {
+        ASSERT_FALSE(second) << "segment 1 is left only when nothing of the failure stays in it";
+        EXPECT_TRUE(second.error().message().find("0000001.seg") != std::string::npos);
+        EXPECT_FALSE(store.read_only_reason());
+        machine.files().clear_faults();
+        second = put(300, 4, "two");
+    }
+    ASSERT_OK(second);
+    EXPECT_EQ(second->sequence, 2U);
+    EXPECT_EQ(second->locations[0].address.segment(), 2U);
+    ASSERT_OK(store.sync(second->sequence));
+    const auto third = put(400, 1, "three");
+    ASSERT_OK(third);
+    ASSERT_OK(store.sync(third->sequence));
+
+    io::SimulatedMachine after(death(machine.files()), seed);
+    const auto again = open_store(after.env(), "/pool", options);
+    ASSERT_OK(again);
+    EXPECT_EQ(again->store->read_only_reason().value_or(""), "");
+    std::string records;
+    for (const auto& record : again->replay.records) {
+        records += record.payload + " ";
+    }
+    EXPECT_EQ(records, "one two three ");
+    for (const uint64_t chunk : {104U, 303U, 400U}) {
+        EXPECT_OK(read_chunk(*again->store, make_chunk(chunk, 8).id));
+    }
+}
+
+TEST_F(StoreTest, AnAppendThatFailedDoesNotReplaceTheOneThatTookItsNumber) {
+    for (const bool truncate_fails : {false, true}) {
+        for (uint64_t seed = 1; seed <= 100 && !HasFailure(); ++seed) {
+            SCOPED_TRACE(fmt::format("seed {}, truncate fails: {}", seed, truncate_fails));
+            check_failed_append_at_a_segments_end(
+                seed, truncate_fails, [seed](auto& files) { return files.crashed_copy(seed); });
+            check_failed_append_at_a_segments_end(seed, truncate_fails,
+                                                  [](auto& files) { return files.fork(); });
+        }
+    }
+}
+
+TEST_F(StoreTest, TheNextSegmentSaysWhetherABatchWasGivenUp) {
+    // What a writer of before this rule may have left: batch 2 in segment 1, never acknowledged,
+    // and another batch 2 in segment 2.
+    const StoreOptions options{.segment_bytes = kMinSegmentBytes};
+    const auto put = [](Store& store, uint64_t first, uint64_t chunks, std::string_view record) {
+        WriteBatch batch;
+        std::vector<Blob> blobs;
+        for (uint64_t i = 0; i < chunks; ++i) {
+            blobs.push_back(make_chunk(first + i, 8));
+            batch.add_chunk(blobs.back().id, blobs.back().bytes);
+        }
+        batch.add_record(7, bytes_of(record));
+        EXPECT_OK(store.append(batch));
+        EXPECT_OK(store.sync(store.sequence()));
+    };
+    OpenStore writer = open(options);
+    put(*writer.store, 100, 5, "one");
+    io::SimulatedMachine other(machine_.files().fork(), 2);
+    put(*writer.store, 300, 4, "two");
+    put(*writer.store, 400, 1, "three");
+    ByteVector stale;
+    {
+        auto opened = open_store(other.env(), "/pool", options);
+        ASSERT_OK(opened);
+        put(*opened->store, 200, 1, "failed");
+        const auto file = other.files().open("/pool/segments/0000001.seg", io::OpenMode::kReadOnly);
+        ASSERT_OK(file);
+        stale.resize((*file)->size_bytes().value_or(0));
+        ASSERT_OK(io::read_exact(**file, stale, 0));
+    }
+    machine_.kill_process();
+    {
+        const auto file =
+            machine_.files().open("/pool/segments/0000001.seg", io::OpenMode::kReadWrite);
+        ASSERT_OK(file);
+        ASSERT_OK((*file)->truncate(0));
+        ASSERT_OK(io::write_all(**file, Bytes(stale), 0));
+    }
+    for (int opens = 0; opens < 2; ++opens) {
+        const OpenStore found = open(options);
+        EXPECT_EQ(found.store->read_only_reason().value_or(""), "");
+        ASSERT_EQ(found.replay.records.size(), 3U);
+        EXPECT_EQ(found.replay.records[1].payload, "two");
+        EXPECT_OK(read_chunk(*found.store, make_chunk(303, 8).id));
+        EXPECT_EQ(found.store->resolve(make_chunk(200, 8).id).error().code(), ErrorCode::kNotFound);
+    }
 }
 
 TEST_F(StoreTest, AFailedSyncPoisonsTheStore) {

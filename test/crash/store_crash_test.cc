@@ -21,6 +21,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <fmt/format.h>
@@ -108,10 +109,19 @@ struct ModelAppend {
     size_t records_after = 0;  ///< Records up to and with this one.
 };
 
+/// One append that failed. What it wrote may be whole on the disk all the same, until what takes
+/// its number is durable.
+struct FailedAppend {
+    uint64_t sequence = 0;  ///< The number that it did not take.
+    size_t records_before = 0;
+    std::vector<ModelRecord> records;
+};
+
 /// What may be found after a crash.
 struct Model {
     std::vector<ModelRecord> records;
     std::vector<ModelAppend> appends;
+    std::vector<FailedAppend> failed;
     uint64_t durable = 0;   ///< Highest sequence that a sync returned for.
     size_t checkpoint = 0;  ///< Records in the published checkpoint.
     uint64_t checkpoint_sequence = 0;
@@ -124,6 +134,32 @@ struct Model {
             ++count;
         }
         return count;
+    }
+    /// What there is when the failed append has happened after all, and what followed has not.
+    Model with(const FailedAppend& append) const {
+        Model other = *this;
+        other.failed.clear();
+        other.in_flight.clear();
+        other.records.resize(append.records_before);
+        other.records.insert(other.records.end(), append.records.begin(), append.records.end());
+        std::erase_if(other.appends,
+                      [&](const ModelAppend& each) { return each.sequence >= append.sequence; });
+        other.appends.push_back(
+            {.sequence = append.sequence, .references = {}, .records_after = other.records.size()});
+        return other;
+    }
+    /// This model, or the one with the failed append that the replay ends with.
+    Model as_found(const RecordedReplay& replay, size_t base) const {
+        const size_t total = base + replay.records.size();
+        for (const FailedAppend& append : failed) {
+            if (append.sequence > durable && !append.records.empty() && !replay.records.empty() &&
+                total == append.records_before + append.records.size() &&
+                replay.records.back().sequence == append.sequence &&
+                replay.records.back().payload == append.records.back().payload) {
+                return with(append);
+            }
+        }
+        return *this;
     }
 };
 
@@ -181,8 +217,10 @@ StoreOptions small_options(uint64_t seed) {
 }
 
 /// Holds an opened store against the model. Returns how many records it has, checkpoint included.
-size_t check_state(Store& store, const RecordedReplay& replay, size_t base, const Model& model,
-                   Death death) {
+size_t check_state(Store& store, const RecordedReplay& replay, size_t base,
+                   const Model& expected_model, Death death) {
+    const Model model =
+        death == Death::kPower ? expected_model.as_found(replay, base) : expected_model;
     EXPECT_EQ(store.read_only_reason().value_or(""), "");
     EXPECT_TRUE(base == model.checkpoint || base == model.checkpoint_in_flight)
         << "a checkpoint with " << base << " records was never published";
@@ -361,13 +399,22 @@ class Program {
         if (::testing::Test::HasFailure()) {
             return;
         }
+        std::set<uint64_t> contested;
+        for (const FailedAppend& failed : model_.failed) {
+            contested.insert(failed.sequence);
+        }
+        model_ = model_.as_found(replay, base_);
+        model_.failed.clear();
         for (ModelRecord& record : model_.in_flight) {
             model_.records.push_back(std::move(record));
         }
         model_.in_flight.clear();
         model_.records.resize(std::min(total, model_.records.size()));
-        std::erase_if(model_.appends, [this](const ModelAppend& append) {
-            return append.sequence > store_->sequence();
+        std::erase_if(model_.appends, [&](const ModelAppend& append) {
+            // One without records may have lost against a failed one without records.
+            return append.sequence > store_->sequence() ||
+                   (contested.contains(append.sequence) && append.sequence > model_.durable &&
+                    !holds(*store_, append.references));
         });
         model_.checkpoint = base_;
         model_.checkpoint_in_flight.reset();
@@ -402,10 +449,29 @@ class Program {
     void inject_fault() {
         io::Fault fault;
         fault.nth = 1 + random_.below(4);
-        switch (random_.below(4)) {
+        switch (random_.below(6)) {
             case 0:
                 fault.kind = io::OperationKind::kWrite;
                 fault.errno_value = ENOSPC;
+                break;
+            case 4:
+                // Half is written, and then no more.
+                fault.kind = io::OperationKind::kWrite;
+                fault.short_transfer = true;
+                machine_.files().inject(fault);
+                fault.short_transfer = false;
+                fault.errno_value = random_.one_in(2) ? ENOSPC : EIO;
+                ++fault.nth;
+                if (random_.one_in(2)) {
+                    machine_.files().inject(fault);
+                    fault = io::Fault();
+                    fault.kind = io::OperationKind::kTruncate;
+                    fault.for_ever = random_.one_in(2);
+                }
+                break;
+            case 5:
+                fault.kind = io::OperationKind::kTruncate;
+                fault.for_ever = random_.one_in(4);
                 break;
             case 1:
                 fault.kind = io::OperationKind::kWrite;
@@ -456,9 +522,15 @@ class Program {
         const auto appended = store_->append(batch);
         if (!appended) {
             EXPECT_TRUE(appended.error().code() == ErrorCode::kNoSpace ||
-                        appended.error().code() == ErrorCode::kReadOnly)
+                        appended.error().code() == ErrorCode::kReadOnly ||
+                        appended.error().code() == ErrorCode::kIo)
                 << appended.error().message();
-            model_.in_flight.clear();
+            model_.failed.push_back({.sequence = store_->sequence() + 1,
+                                     .records_before = model_.records.size(),
+                                     .records = std::exchange(model_.in_flight, {})});
+            for (ModelRecord& record : model_.failed.back().records) {
+                record.sequence = model_.failed.back().sequence;
+            }
             return;
         }
         for (ModelRecord& record : model_.in_flight) {
