@@ -168,6 +168,11 @@ Result<void> StoreImpl::read_superblock() {
     const std::string path = join_path(directory_, kSuperblockName);
     const auto mode = options_.read_only ? io::OpenMode::kReadOnly : io::OpenMode::kReadWrite;
     STELLARIUM_ASSIGN(superblock_file_, files_.open(path, mode));
+    if (!options_.read_only) {
+        // As for segments: after a failed sync the cache may show a generation that the disk lacks.
+        STELLARIUM_TRY(superblock_file_->datasync());
+        superblock_file_->drop_cache(0, kSuperblockSlots * kPageBytes);
+    }
     std::vector<std::byte> page(kPageBytes);
     std::optional<SuperblockSlot> newest;
     std::vector<std::string> damage;

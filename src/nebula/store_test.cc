@@ -717,6 +717,31 @@ TEST_F(StoreTest, AFailedSyncPoisonsTheStore) {
     EXPECT_EQ(reopened.store->resolve(second.id).error().code(), ErrorCode::kNotFound);
 }
 
+TEST_F(StoreTest, AGenerationThatTheDiskMayLackIsSyncedBeforeItIsTrusted) {
+    {
+        const OpenStore opened = open();
+        WriteBatch batch;
+        batch.add_record(1, {});
+        ASSERT_OK(opened.store->append(batch));
+        ASSERT_OK(opened.store->sync(1));
+        io::Fault fault;
+        fault.kind = io::OperationKind::kDatasync;
+        fault.path_part = "superblock";
+        machine_.files().inject(fault);
+        EXPECT_FALSE(opened.store->checkpoint(1, bytes_of(std::string_view("unsynced"))));
+        EXPECT_TRUE(opened.store->read_only_reason());
+    }
+    machine_.kill_process();
+    std::string seen;
+    {
+        const OpenStore opened = open();
+        seen = text_of(opened.store->checkpoint_payload());
+    }
+    machine_.files().crash(1, io::CrashStyle::kLoseAll);
+    const OpenStore opened = open();
+    EXPECT_EQ(text_of(opened.store->checkpoint_payload()), seen);
+}
+
 TEST_F(StoreTest, AFailedDirectorySyncPoisonsTheStore) {
     const OpenStore opened = open();
     WriteBatch batch;
