@@ -171,6 +171,9 @@ void Recovery::add_entries(Source& source, const ScannedBatch& batch) {
         source.header_damage.clear();
     }
     segments_.append_entries(*source.segment, batch.entries);
+    if (!batch.lost_members.empty()) {
+        segments_.add_metadata_damage(*source.segment, batch.lost_members);
+    }
     source.entries += batch.entries.size();
     if (source.first_sequence == 0) {
         source.first_sequence = batch.sequence;

@@ -232,6 +232,10 @@ Result<ScannedBatch> read_batch(io::File& file, const StoreId& store_id, uint32_
         const Entry& entry = view.entries[i];
         batch.entries.push_back(entry);
         if (contents[i].empty()) {
+            if (entry.entry_kind() == EntryKind::kPack && !batch.damage.empty() &&
+                skip_dead(dead, entry.page) == entry.page) {
+                batch.lost_members = batch.damage.front();
+            }
             continue;
         }
         if (const Hash256& found = hashes[next_hash++]; found != entry.id) {
@@ -247,6 +251,7 @@ Result<ScannedBatch> read_batch(io::File& file, const StoreId& store_id, uint32_
         } else {
             batch.damage.push_back(fmt::format("{} at offset {}: {}", file.path(),
                                                entry.offset_bytes(), pack.error().message()));
+            batch.lost_members = batch.damage.back();
         }
     }
     return batch;
@@ -648,6 +653,10 @@ Result<void> SegmentSet::load_entries(Segment& segment, std::unique_lock<std::sh
                 read_batch(*file, store_id_, segment.number(), page, DataCheck::kNone, dead);
             if (batch) {
                 entries.insert(entries.end(), batch->entries.begin(), batch->entries.end());
+                if (!batch->lost_members.empty()) {
+                    ++gaps;
+                    segment.metadata_damage_ = batch->lost_members;
+                }
                 page = batch->end_page;
                 continue;
             }
@@ -886,6 +895,11 @@ uint64_t SegmentSet::damaged_count() const {
         count += segment->damaged_.size();
     }
     return count;
+}
+
+void SegmentSet::add_metadata_damage(Segment& segment, std::string sentence) {
+    const std::unique_lock lock(segment.mutex_);
+    segment.metadata_damage_ = std::move(sentence);
 }
 
 std::string SegmentSet::metadata_damage(Segment& segment) {

@@ -70,6 +70,7 @@ struct ScannedBatch {
     uint32_t records = 0;
     std::vector<Entry> entries;       ///< With the members of packs.
     std::vector<std::string> damage;  ///< One sentence for each chunk that does not match its id.
+    std::string lost_members;  ///< Why the members of some pack are missing; empty: none are.
 };
 
 enum class DataCheck : uint8_t {
@@ -231,6 +232,8 @@ class SegmentSet {
     uint64_t damaged_count() const;
     /// Changes with each new damaged entry.
     uint64_t damage_version() const { return damage_version_.load(std::memory_order_acquire); }
+    /// Entries of this segment may be missing, for this reason.
+    void add_metadata_damage(Segment& segment, std::string sentence);
     /// Why entries of this segment may be missing; empty when none are known to be.
     std::string metadata_damage(Segment& segment);
 

@@ -551,6 +551,45 @@ TEST(DamagedData, OfAPackCostsOneObject) {
     EXPECT_TRUE(third->aux.empty()) << "damaged hints are no hints";
 }
 
+TEST(DamagedData, OfAPacksHeaderIsNoProofThatItsMembersWereNeverStored) {
+    // Known from the batches alone: of a segment whose footer is damaged too, and of the last one,
+    // which has none.
+    for (const bool last_segment : {false, true}) {
+        SCOPED_TRACE(last_segment);
+        io::SimulatedMachine machine(1);
+        const StoreOptions options{.segment_bytes = kMinSegmentBytes};
+        const Blob object = make_blob(1, 500);
+        PageAddress place;
+        {
+            auto opened = open_store(machine.env(), "/pool", options);
+            ASSERT_OK(opened);
+            Store& store = *opened->store;
+            WriteBatch batch;
+            batch.add_object(object.id, object.bytes);
+            ASSERT_OK(store.append(batch));
+            place = store.object_address(object.id).value_or(PageAddress());
+            for (uint64_t i = 0; !last_segment && store.stats().segments < 2; ++i) {
+                WriteBatch more;
+                const Blob chunk = make_chunk(10 + i, kMaxChunkPages);
+                more.add_chunk(chunk.id, chunk.bytes);
+                ASSERT_OK(store.append(more));
+            }
+            ASSERT_OK(store.checkpoint(store.sequence(), {}));
+            ASSERT_OK(store.close());
+        }
+        flip(machine, segment_path(1), place.offset_bytes() + 1);
+        if (!last_segment) {
+            flip(machine, segment_path(1), file_size(machine, segment_path(1)) - 10);
+        }
+        const auto opened = open_store(machine.env(), "/pool", options);
+        ASSERT_OK(opened);
+        const auto damaged = opened->store->get_object(object.id);
+        ASSERT_FALSE(damaged);
+        EXPECT_EQ(damaged.error().code(), ErrorCode::kCorrupt) << damaged.error().message();
+        EXPECT_TRUE(mentions(damaged.error().message(), segment_path(1)));
+    }
+}
+
 // ---- What is derived --------------------------------------------------------------------------
 
 TEST(DerivedData, AMissingOrDamagedIndexIsRebuilt) {
