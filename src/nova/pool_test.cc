@@ -309,6 +309,7 @@ TEST(Pool, SparseImagesOfManyTerabytes) {
     must(import->append(123, data));
     must(import->append(size - data.size(), data));
     must(import->finish(size));
+    import.reset();
     pool.reopen();
     auto reader = must(pool->open_reader("sparse"));
     EXPECT_EQ(reader->size_bytes(), size);
