@@ -4,7 +4,7 @@
     check-skips.py RESULTS.xml EXPECTED-SKIPS.txt
 
 RESULTS.xml is what `ctest --output-junit` writes. A test counts as skipped when ctest says so (it
-returned 77) or when one of its GoogleTest cases did. Each line of EXPECTED-SKIPS.txt allows some
+returned 77), when it is disabled, or when one of its GoogleTest or unittest cases was skipped. Each line of EXPECTED-SKIPS.txt allows some
 skips on machines that lack something:
 
     TEST-NAME-REGEX  NEED  # why
@@ -32,6 +32,9 @@ PROBES = {
     "working-kvm": lambda: False,
     "fuse": lambda: can_open("/dev/fuse"),
     "root": lambda: os.geteuid() == 0,
+    # Tests that become another user must be able to start what was built.
+    "open-folder": lambda: all(folder.stat().st_mode & 0o001
+                               for folder in Path(__file__).resolve().parents),
     "huge-pages": lambda: int(re.search(r"HugePages_Free:\s+(\d+)",
                                         Path("/proc/meminfo").read_text())[1]) >= 4,
 }
@@ -43,7 +46,7 @@ def skipped_tests(results):
     """Yields (name, reason) of every ctest entry with something skipped in it."""
     for case in ElementTree.parse(results).getroot().iter("testcase"):
         output = case.findtext("system-out") or ""
-        if case.get("status") == "notrun" or case.find("skipped") is not None:
+        if case.get("status") in ("notrun", "disabled") or case.find("skipped") is not None:
             lines = [line for line in output.strip().splitlines() if line.strip()]
             yield case.get("name"), lines[-1] if lines else "no reason printed"
         else:

@@ -12,11 +12,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-import unittest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "testing"))
-from harness import CTL, DAEMON, EXIT, TIMEOUT_S, Store, TestCase  # noqa: E402
+from harness import CTL, DAEMON, EXIT, TIMEOUT_S, Store, TestCase, main  # noqa: E402
 
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
 
@@ -337,7 +336,7 @@ class Holding(TestCase):
 
     def test_without_root(self):
         if os.geteuid() != 0:
-            return  # All the other tests ran without root.
+            self.skipTest("not root, so all the other tests run without root")
         with tempfile.TemporaryDirectory(prefix="stl-user-") as home:
             os.chown(home, 65534, 65534)
             environment = {"HOME": home, "PATH": os.environ["PATH"],
@@ -359,7 +358,7 @@ class Holding(TestCase):
 
     def test_a_stranger_in_the_daemons_place_is_not_trusted(self):
         if os.geteuid() != 0:
-            return  # Needs two users.
+            self.skipTest("not root: two users are needed")
         s = self.store()
         # A store of nobody, and a listener of somebody else where its daemon would be.
         code = ("import os, socket, sys; os.setuid(12345); l = socket.socket(socket.AF_UNIX); "
@@ -594,6 +593,8 @@ class Daemon(TestCase):
                 for _ in range(TIMEOUT_S * 10):
                     if self.running_imports(s) == 1:
                         break
+                else:
+                    self.fail("the import did not start")
             else:
                 s.wait_until_held_by(importer)
             importer.send_signal(signal.SIGINT)
@@ -668,4 +669,4 @@ class Daemon(TestCase):
 
 
 if __name__ == "__main__":
-    unittest.main(verbosity=0, warnings="ignore")
+    main()

@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <filesystem>
+#include <random>
 
 #include <fcntl.h>
 #include <fmt/format.h>
@@ -37,7 +38,8 @@ Result<void> write_zeros(int descriptor, uint64_t length, int64_t offset, const 
     return {};
 }
 
-/// A new file beside the target, renamed at the end.
+/// A new file in the target's folder that gets its name at the end. Until then it has none, so that
+/// nothing is left of it however the process ends, where the file system can do that.
 class FileTarget final : public ExportTarget {
   public:
     FileTarget(std::string path, const ExportOptions& options)
@@ -56,12 +58,15 @@ class FileTarget final : public ExportTarget {
         if (!options_.force && lstat(path_.c_str(), &status) == 0) {
             return exists();
         }
-        std::string name = folder_ + "/." + target.filename().string() + ".stellarium-XXXXXX";
-        file_ = FileHandle(mkostemp(name.data(), O_CLOEXEC));
+        file_ = FileHandle(::open(folder_.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600));
         if (file_.get() < 0) {
-            return system_error("make a file in " + folder_);
+            std::string name = temporary_name();
+            file_ = FileHandle(mkostemp(name.data(), O_CLOEXEC));
+            if (file_.get() < 0) {
+                return system_error("make a file in " + folder_);
+            }
+            temporary_ = name;
         }
-        temporary_ = name;
         return reserve();
     }
 
@@ -83,6 +88,31 @@ class FileTarget final : public ExportTarget {
     }
 
   private:
+    std::string temporary_name() const {
+        return folder_ + "/." + std::filesystem::path(path_).filename().string() +
+               ".stellarium-XXXXXX";
+    }
+
+    /// linkat() of the file that has no name yet; /proc leads to it without privileges.
+    bool link_as(const std::string& name) const {
+        return linkat(AT_FDCWD, fmt::format("/proc/self/fd/{}", file_.get()).c_str(), AT_FDCWD,
+                      name.c_str(), AT_SYMLINK_FOLLOW) == 0;
+    }
+
+    /// A name to be replaced with, for rename() replaces and linkat() does not.
+    Result<void> give_temporary_name() {
+        std::random_device random;
+        do {
+            std::string name = temporary_name();
+            name.replace(name.size() - 6, 6, fmt::format("{:06x}", random() & 0xFFFFFF));
+            if (link_as(name)) {
+                temporary_ = name;
+                return {};
+            }
+        } while (errno == EEXIST);
+        return system_error("give a file in " + folder_ + " a name");
+    }
+
     std::unexpected<Error> exists() const {
         return fail(ErrorCode::kAlreadyExists,
                     fmt::format("{} exists; give --force to replace it", path_));
@@ -118,11 +148,17 @@ class FileTarget final : public ExportTarget {
         // mkostemp gave 0600; the file gets what the umask allows, as any new file.
         const mode_t mask = umask(0);
         umask(mask);
-        if (fchmod(file_.get(), 0666 & ~mask) != 0 || fsync(file_.get()) != 0 ||
-            ::close(file_.release()) != 0) {
+        if (fchmod(file_.get(), 0666 & ~mask) != 0 || fsync(file_.get()) != 0) {
             return system_error("write " + path_);
         }
-        if (options_.force) {
+        if (temporary_.empty() && options_.force) {
+            STELLARIUM_TRY(give_temporary_name());
+        }
+        if (temporary_.empty()) {
+            if (!link_as(path_)) {
+                return errno == EEXIST ? exists() : system_error("give " + path_ + " its name");
+            }
+        } else if (options_.force) {
             if (rename(temporary_.c_str(), path_.c_str()) != 0) {
                 return system_error("give " + path_ + " its name");
             }
@@ -138,6 +174,9 @@ class FileTarget final : public ExportTarget {
             unlink(temporary_.c_str());
         }
         temporary_.clear();
+        if (::close(file_.release()) != 0) {
+            return system_error("write " + path_);
+        }
         const FileHandle folder(::open(folder_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
         if (folder.get() < 0 || fsync(folder.get()) != 0) {
             return system_error("sync the folder " + folder_);

@@ -31,8 +31,13 @@ void install_interrupt_handler() {
     main_thread = pthread_self();
     struct sigaction action{};
     action.sa_handler = on_signal;
-    sigaction(SIGINT, &action, nullptr);
-    sigaction(SIGTERM, &action, nullptr);
+    for (const int signal_number : {SIGINT, SIGTERM, SIGHUP, SIGQUIT}) {
+        struct sigaction before{};
+        sigaction(signal_number, nullptr, &before);
+        if (before.sa_handler != SIG_IGN) {  // Under nohup, and in a shell's background.
+            sigaction(signal_number, &action, nullptr);
+        }
+    }
     // Writing to a closed pipe, or past a file size limit, is an error like any other.
     std::signal(SIGPIPE, SIG_IGN);
     std::signal(SIGXFSZ, SIG_IGN);

@@ -1,4 +1,5 @@
-// Ctrl-C and SIGTERM, so that a long transfer ends cleanly: temporary files go, no image is left.
+// Ctrl-C, SIGTERM, and the end of the terminal, so that a long transfer ends cleanly: no image is
+// left, and no temporary file.
 //
 // After install_interrupt_handler() the first signal only sets a flag, and system calls return
 // EINTR; a second one ends the process as usual. Code that lasts looks at the flag.

@@ -160,7 +160,11 @@ int run(int argc, char** argv) {
     }
     install_interrupt_handler();
     Output out(invocation.json, invocation.exact_bytes);
-    const Result<void> result = run_command(invocation, out);
+    Result<void> result = run_command(invocation, out);
+    if (!result && interrupted()) {
+        // Whatever failed, failed because of that.
+        result = check_interrupt();
+    }
     return result ? 0 : report(result.error(), invocation.json);
 }
 

@@ -1,5 +1,6 @@
 #include "cli/process.h"
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <csignal>
@@ -121,7 +122,8 @@ std::string one_line(std::string text) {
 }
 
 Result<std::string> run_tool(const std::vector<std::string>& arguments,
-                             const std::string& debian_package) {
+                             const std::string& debian_package,
+                             std::initializer_list<int> good_codes) {
     if (!tool_exists(arguments[0])) {
         return std::unexpected(missing_tool(arguments[0], debian_package));
     }
@@ -161,7 +163,8 @@ Result<std::string> run_tool(const std::vector<std::string>& arguments,
         }
     }
     STELLARIUM_TRY(drained);
-    if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) {
+    if (!WIFEXITED(status) ||
+        std::find(good_codes.begin(), good_codes.end(), WEXITSTATUS(status)) == good_codes.end()) {
         return fail(ErrorCode::kInvalidArgument,
                     fmt::format("{} failed: {}", arguments[0],
                                 err_text.empty() ? "it was killed" : one_line(err_text)));

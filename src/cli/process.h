@@ -6,6 +6,7 @@
 // Thread rule: any thread.
 #pragma once
 
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -15,9 +16,11 @@ namespace stellarium::cli {
 
 /// Runs arguments[0] from PATH without a shell, standard input empty, and returns its standard
 /// output (at most 16 MiB). kUnavailable, naming `debian_package`, when the tool is not installed;
-/// kInvalidArgument with the tool's own words when it fails.
+/// kInvalidArgument with the tool's own words when it exits with a code that is not among
+/// `good_codes`.
 Result<std::string> run_tool(const std::vector<std::string>& arguments,
-                             const std::string& debian_package);
+                             const std::string& debian_package,
+                             std::initializer_list<int> good_codes = {0});
 
 /// The error for a tool that is not there.
 Error missing_tool(const std::string& tool, const std::string& debian_package);

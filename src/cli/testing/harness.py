@@ -169,6 +169,19 @@ class TestCase(unittest.TestCase):
             self.assertIn(text, done.err)
 
 
+class Result(unittest.TextTestResult):
+    def addSkip(self, test, reason):
+        super().addSkip(test, reason)
+        # As GoogleTest says it, for scripts/check-skips.py.
+        print(f"{test.id()}: Skipped\n{reason}", flush=True)
+
+
+def main():
+    unittest.main(verbosity=0, warnings="ignore",
+                  testRunner=unittest.TextTestRunner(verbosity=0, warnings="ignore",
+                                                     resultclass=Result))
+
+
 # --- Sparse files ---------------------------------------------------------------------------------
 
 def data_extents(path):
