@@ -7,6 +7,7 @@
   * Each component (a folder below src/ with a CMakeLists.txt of its own) has a README.md.
   * Each public header opens with its contract: the first line is a comment, before any code.
   * No line names a path that exists only on somebody's machine.
+  * docs/internals/ names only functions and files that are there.
 """
 import re
 import sys
@@ -18,6 +19,10 @@ MACHINE_PATH = re.compile(r"(?<![\w.$}~-])/(?:wo" + r"rk|ho" + r"me|Use" + r"rs|
 # Where a guest's or a package's own file system is meant, and not this machine's.
 ALLOWED_PREFIXES = ("/home/stellarium",)
 SKIPPED_FOLDERS = {".git", "build", ".cache", "golden", "corpus"}
+# In the internals' pages: `Class::function`, `function()`, and `folder/file.cc` or `file.h`.
+FUNCTION = re.compile(r"`(?:[\w:]*::)?(\w+)(?:\([^`)]*\))?`")
+QUALIFIED = re.compile(r"`[\w:]*::\w+(?:\([^`)]*\))?`|`\w+\([^`)]*\)`")
+FILE = re.compile(r"`((?:[\w-]+/)*[\w-]+\.(?:cc|h))`")
 TEXT_SUFFIXES = {".cc", ".h", ".c", ".py", ".sh", ".md", ".txt", ".cmake", ".json", ".yaml", ".yml",
                  ".in", ".service", ".conf", ""}
 
@@ -32,9 +37,24 @@ def tree_files(root):
             yield path
 
 
+def stale_names(root):
+    """Names in docs/internals that the sources do not have."""
+    sources = [path for path in sorted((root / "src").rglob("*")) if path.suffix in (".cc", ".h")]
+    known = set(re.findall(r"\b(\w+)\s*\(", "\n".join(path.read_text() for path in sources)))
+    for page in sorted((root / "docs/internals").glob("*.md")):
+        for number, line in enumerate(page.read_text().splitlines(), 1):
+            where = f"{page.relative_to(root)}:{number}"
+            for match in QUALIFIED.finditer(line):
+                if FUNCTION.fullmatch(match.group())[1] not in known:
+                    yield f"{where}: names {match.group()}, which the sources do not have"
+            for match in FILE.finditer(line):
+                if not any(("/" + path.as_posix()).endswith("/" + match[1]) for path in sources):
+                    yield f"{where}: names {match.group()}, which is not there"
+
+
 def check(root):
     root = Path(root).resolve()
-    problems = []
+    problems = list(stale_names(root))
     for list_file in sorted((root / "src").rglob("CMakeLists.txt")):
         if list_file.parent != root / "src" and not (list_file.parent / "README.md").exists():
             problems.append(f"{list_file.parent.relative_to(root)}: has no README.md")
@@ -56,7 +76,9 @@ def check(root):
 
 
 def self_test():
-    good = {"src/a/CMakeLists.txt": "", "src/a/README.md": "A.\n", "src/a/a.h": "// What a is.\n"}
+    good = {"src/a/CMakeLists.txt": "", "src/a/README.md": "A.\n",
+            "src/a/a.h": "// What a is.\nvoid A::go(int x);\n",
+            "docs/internals/a.md": "`a/a.h` has `A::go`, that is `go(1)`; `a.h` too.\n"}
     private = "/ho" + "me/alice/src"
     cases = [
         ("a good tree", {}, ""),
@@ -64,6 +86,10 @@ def self_test():
         ("a header without contract", {"src/a/b.h": "#pragma once\n// Too late.\n"}, "src/a/b.h:1: opens without"),
         ("an empty comment", {"src/a/b.h": "//\n#pragma once\n"}, "src/a/b.h:1: opens without"),
         ("a private path", {"docs/x.md": f"one\ncd {private}\n"}, "docs/x.md:2: names a path of one machine"),
+        ("a function that is gone", {"docs/internals/a.md": "One.\n`A::gone` does it.\n"},
+         "docs/internals/a.md:2: names `A::gone`"),
+        ("a call that is gone", {"docs/internals/a.md": "`gone(kNow)`\n"}, "a.md:1: names `gone(kNow)`"),
+        ("a file that is gone", {"docs/internals/a.md": "See `a/b.h`.\n"}, "a.md:1: names `a/b.h`"),
         ("a variable's path", {"docs/x.md": "cd $HOME" + private + " ~" + private + "\n"}, ""),
     ]
     wrong = 0
