@@ -968,6 +968,9 @@ Result<void> PoolImpl::rollback(std::string_view name, std::string_view snapshot
         STELLARIUM_TRY(check_not_attached(*volume, "rolled back"));
         const PendingRecord pending =
             PendingRecord::of(RollbackRecord{.volume = volume->id, .snapshot = target->id});
+        // What is dirty goes into a batch of its own, and out of the arena: after the death of the
+        // process it would be laid over the state of the snapshot.
+        STELLARIUM_TRY(commit_on(volume, {}));
         STELLARIUM_ASSIGN(sequence, commit_on(volume, std::span(&pending, 1)));
     }
     return settle(sequence);

@@ -590,6 +590,46 @@ TEST(PoolBuffer, ALostArenaIsSaid) {
     EXPECT_TRUE(pool->warnings().empty());
 }
 
+TEST(Pool, ARollbackIsAllOrNothingWhateverIsDirty) {
+    const auto of_snapshot = random_bytes(4096, 1);
+    const auto flushed = random_bytes(4096, 2);
+    const auto dirty = random_bytes(4096, 3);
+    uint64_t done = 0;
+    for (uint64_t at = 1; at <= 6; ++at) {
+        for (const auto side :
+             {io::HaltSide::kBefore, io::HaltSide::kInFlight, io::HaltSide::kAfter}) {
+            SCOPED_TRACE(fmt::format("halt at {}, side {}", at, static_cast<int>(side)));
+            TestPool pool;
+            must(pool->create_volume("vm", kMiB));
+            auto device = must(pool->attach("vm", {}));
+            must(write(*device, 0, of_snapshot));
+            must(flush(*device));
+            must(pool->create_snapshot("vm", "s"));
+            must(write(*device, 0, flushed));
+            must(flush(*device));
+            must(write(*device, 8192, dirty));
+            pool.machine().kill_process();
+            device.reset();
+            pool.kill();
+            EXPECT_EQ(must(pool->find("vm")).dirty_bytes, 4096U);
+            pool.machine().files().halt_at_mutation(at, side);
+            const bool acknowledged = pool->rollback("vm", "s").has_value();
+            done += acknowledged ? 1 : 0;
+            pool.machine().kill_process();
+            pool.kill();
+            const auto reader = must(pool->attach("vm", {.read_only = true}));
+            const bool rolled_back = read(*reader, 0, 4096) == of_snapshot;
+            EXPECT_TRUE(rolled_back || !acknowledged);
+            if (!rolled_back) {
+                EXPECT_EQ(read(*reader, 0, 4096), flushed);
+            }
+            EXPECT_EQ(read(*reader, 8192, 4096),
+                      rolled_back ? std::vector<std::byte>(4096) : dirty);
+        }
+    }
+    EXPECT_GT(done, 0U) << "no halt point lies behind the rollback";
+}
+
 TEST(Pool, ReadersHoldTheirMoment) {
     TestPool pool;
     must(pool->create_volume("vm", kMiB));
