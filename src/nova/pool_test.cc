@@ -519,6 +519,34 @@ TEST(PoolBuffer, AFullBufferStallsOnlyItsOwnVolume) {
     }
 }
 
+TEST(PoolBuffer, ARequestThatWouldBlockHasDoneNothing) {
+    // A volume may hold half of the 1024 pages, and writes at most a quarter in one piece.
+    TestPool pool;
+    must(pool->create_volume("vm", 8 * kMiB));
+    const auto device = must(pool->attach("vm", {}));
+    const auto fill = [&](uint64_t first_page, uint64_t end_page) {
+        for (uint64_t page = first_page; page < end_page; ++page) {
+            must(write(*device, page * 4096, random_bytes(4096, page), IoMode::kNoWait));
+        }
+    };
+    fill(0, 384);
+    EXPECT_EQ(code_of(write(*device, 4 * kMiB + 512, random_bytes(kMiB, 1), IoMode::kNoWait)),
+              ErrorCode::kWouldBlock);
+    EXPECT_EQ(read(*device, 4 * kMiB, 2 * kMiB), std::vector<std::byte>(2 * kMiB));
+    fill(384, 511);
+    EXPECT_EQ(code_of(device->discard(510 * 4096 + 512, 2 * 4096 - 512, IoMode::kNoWait)),
+              ErrorCode::kWouldBlock);
+    EXPECT_EQ(code_of(device->write_zeroes(509 * 4096, 4096 + 512, IoMode::kNoWait)),
+              ErrorCode::kWouldBlock);
+    for (const uint64_t page : {509U, 510U}) {
+        EXPECT_EQ(read(*device, page * 4096, 4096), random_bytes(4096, page));
+    }
+    // With waiting, and aligned, all of them go ahead.
+    must(device->discard(510 * 4096 + 512, 2 * 4096 - 512, IoMode::kMayBlock));
+    must(write(*device, 4 * kMiB + 512, random_bytes(kMiB, 1)));
+    EXPECT_EQ(read(*device, 4 * kMiB + 512, kMiB), random_bytes(kMiB, 1));
+}
+
 TEST(PoolBuffer, OldDirtyPagesAreWrittenBackWithoutAFlush) {
     PoolOptions options = TestPool::small_options();
     options.background = true;

@@ -519,7 +519,9 @@ Result<void> Volume::write_piece(uint64_t offset_bytes, uint64_t length_bytes, I
 
     // From here on everything is in memory.
     for (PartialPage& partial : partials) {
-        if (auto done = commit_partial(partial, mode); !done) {
+        // Behind the first one kWouldBlock would be a lie: something has happened.
+        const IoMode partial_mode = &partial == partials.data() ? mode : IoMode::kMayBlock;
+        if (auto done = commit_partial(partial, partial_mode); !done) {
             became_dirty();
             return abandon(std::move(done).error());
         }
@@ -549,15 +551,18 @@ Result<void> Volume::write(uint64_t offset_bytes, std::span<const iovec> from, I
     const uint64_t length_bytes = total_bytes(from);
     STELLARIUM_TRY(check_range(offset_bytes, length_bytes));
     const uint64_t piece_bytes = max_piece_bytes();
-    if (mode == IoMode::kNoWait && length_bytes > piece_bytes) {
+    const auto end_of_piece = [&](uint64_t position) {
+        // Pieces end at page borders, so that only the ends of the request are partial pages.
+        return std::min(offset_bytes + length_bytes,
+                        (position + piece_bytes) / kPageBytes * kPageBytes);
+    };
+    if (mode == IoMode::kNoWait && end_of_piece(offset_bytes) < offset_bytes + length_bytes) {
         return fail(ErrorCode::kWouldBlock, "the write is too large to be buffered at once");
     }
     IovecCursor cursor(from);
     for (uint64_t done = 0; done < length_bytes;) {
-        // Pieces end at page borders, so that only the ends of the request are partial pages.
         const uint64_t position = offset_bytes + done;
-        const uint64_t piece_end = std::min(offset_bytes + length_bytes,
-                                            (position + piece_bytes) / kPageBytes * kPageBytes);
+        const uint64_t piece_end = end_of_piece(position);
         STELLARIUM_TRY(write_piece(position, piece_end - position, &cursor, mode));
         done = piece_end - offset_bytes;
     }
@@ -585,6 +590,9 @@ Result<void> Volume::discard(uint64_t offset_bytes, uint64_t length_bytes, IoMod
         return fail(ErrorCode::kWouldBlock, "the discard is too large to be buffered");
     }
     const uint64_t head_bytes = first_page * kPageBytes - offset_bytes;
+    if (mode == IoMode::kNoWait && (head_bytes != 0 || end_bytes > end_page * kPageBytes)) {
+        return fail(ErrorCode::kWouldBlock, "the discard takes several steps");
+    }
     if (head_bytes != 0) {
         STELLARIUM_TRY(write_piece(offset_bytes, head_bytes, nullptr, mode));
     }
