@@ -312,6 +312,15 @@ void Arena::publish_zeros(Slot slot, uint64_t volume, uint64_t leaf_page,
     publish(slot, entry);
 }
 
+void Arena::cover(Slot slot, std::span<const uint64_t> bits) {
+    assert(bits.size() == kBitmapWords);
+    std::byte* map = data(slot).data();
+    for (size_t i = 0; i < bits.size(); ++i) {
+        word_at(map + i * sizeof(uint64_t))
+            .fetch_or(to_little_endian(bits[i]), std::memory_order_release);
+    }
+}
+
 void Arena::uncover(Slot slot, uint32_t page_in_leaf) {
     assert(page_in_leaf < nebula::kLeafPages);
     word_at(data(slot).data() + page_in_leaf / 64 * sizeof(uint64_t))

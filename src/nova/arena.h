@@ -101,6 +101,8 @@ class Arena {
     /// Makes the slot valid: the pages of the leaf at `leaf_page` whose bit is set are zeros.
     void publish_zeros(Slot slot, uint64_t volume, uint64_t leaf_page,
                        std::span<const uint64_t> bits);
+    /// The published slot of zeros covers these pages as well.
+    void cover(Slot slot, std::span<const uint64_t> bits);
     /// The slot of zeros no longer covers this page of the leaf.
     void uncover(Slot slot, uint32_t page_in_leaf);
     /// Makes the slot invalid; its memory stays as it is until release().

@@ -42,41 +42,42 @@ class Committer::Assembly {
     ~Assembly() {
         // What was not committed stays dirty.
         for (const Part& part : parts_) {
-            part.volume->settle(part.pages, /*committed=*/false);
+            part.volume->settle(part.runs, /*committed=*/false);
         }
     }
     Assembly(const Assembly&) = delete;
     Assembly& operator=(const Assembly&) = delete;
 
-    bool has_room(size_t pages) const {
-        return used_bytes_ + pages * kPageBytes <= capacity_bytes_;
+    bool has_room(size_t runs) const {
+        return used_bytes_ + runs * kPageBytes <= capacity_bytes_ &&
+               runs_ + runs <= kMaxRunsPerBatch;
     }
 
     /// Adds the dirty pages of one leaf; they stay valid until the batch is finished.
-    void add_leaf(Volume& volume, std::span<const DirtyPage> pages) {
+    void add_leaf(Volume& volume, std::span<const DirtyRun> runs) {
+        runs_ += runs.size();
         if (parts_.empty() || parts_.back().volume != &volume) {
             parts_.push_back({.volume = &volume,
-                              .pages = pages.first(0),
+                              .runs = runs.first(0),
                               .first_chunk = chunks_.size(),
                               .holes = {}});
         }
         Part& part = parts_.back();
-        // Leaves of a volume come in order, so its pages are one span that grows.
-        part.pages = part.pages.empty()
-                         ? pages
-                         : std::span(part.pages.data(), part.pages.size() + pages.size());
-        for (size_t i = 0; i < pages.size();) {
-            if (pages[i].zero) {
-                add_hole(part.holes, pages[i].page, 1);
+        // Leaves of a volume come in order, so its runs are one span that grows.
+        part.runs =
+            part.runs.empty() ? runs : std::span(part.runs.data(), part.runs.size() + runs.size());
+        for (size_t i = 0; i < runs.size();) {
+            if (runs[i].zero) {
+                add_hole(part.holes, runs[i].page, runs[i].pages);
                 ++i;
                 continue;
             }
-            const uint64_t first_page = pages[i].page;
+            const uint64_t first_page = runs[i].page;
             const uint64_t start = used_bytes_;
-            for (; i < pages.size() && !pages[i].zero &&
-                   pages[i].page == first_page + (used_bytes_ - start) / kPageBytes;
+            for (; i < runs.size() && !runs[i].zero &&
+                   runs[i].page == first_page + (used_bytes_ - start) / kPageBytes;
                  ++i) {
-                const Bytes data = std::as_const(committer_.arena_).data(pages[i].slot);
+                const Bytes data = std::as_const(committer_.arena_).data(runs[i].slot);
                 assert(used_bytes_ + data.size() <= capacity_bytes_);
                 std::memcpy(staging_.get() + used_bytes_, data.data(), data.size());
                 used_bytes_ += data.size();
@@ -155,11 +156,12 @@ class Committer::Assembly {
         // Only now, that the new state can be seen, may the dirty pages go.
         for (const Part& part : parts_) {
             part.volume->set_last_sequence(sequence);
-            part.volume->settle(part.pages, /*committed=*/true);
+            part.volume->settle(part.runs, /*committed=*/true);
         }
         parts_.clear();
         chunks_.clear();
         used_bytes_ = 0;
+        runs_ = 0;
         return sequence;
     }
 
@@ -171,7 +173,7 @@ class Committer::Assembly {
     /// Of one volume.
     struct Part {
         Volume* volume = nullptr;
-        std::span<const DirtyPage> pages;
+        std::span<const DirtyRun> runs;
         size_t first_chunk = 0;
         std::vector<PageRange> holes;
     };
@@ -200,6 +202,7 @@ class Committer::Assembly {
     std::unique_ptr<std::byte[]> staging_;
     uint64_t capacity_bytes_;
     uint64_t used_bytes_ = 0;
+    uint64_t runs_ = 0;
     std::vector<Chunk> chunks_;
     std::vector<Part> parts_;
     std::vector<nebula::Cut> cuts_;
@@ -319,8 +322,8 @@ Result<uint64_t> Committer::commit(std::span<const std::shared_ptr<Volume>> volu
     // What was cut and is not in a batch yet. Whatever an error leaves here stays dirty.
     struct Cuts {
         std::span<const std::shared_ptr<Volume>> volumes;
-        std::vector<std::vector<DirtyPage>> pages;
-        std::vector<std::span<const DirtyPage>> rest;
+        std::vector<std::vector<DirtyRun>> runs;
+        std::vector<std::span<const DirtyRun>> rest;
         ~Cuts() {
             for (size_t v = 0; v < rest.size(); ++v) {
                 if (!rest[v].empty()) {
@@ -328,24 +331,24 @@ Result<uint64_t> Committer::commit(std::span<const std::shared_ptr<Volume>> volu
                 }
             }
         }
-    } cuts{.volumes = volumes, .pages = {}, .rest = {}};
-    uint64_t dirty_pages = 0;
+    } cuts{.volumes = volumes, .runs = {}, .rest = {}};
+    uint64_t dirty_runs = 0;
     for (const auto& volume : volumes) {
         if (volume->entity()->removed()) {
             volume->drop(0, kMaxPages);
         }
-        cuts.pages.push_back(volume->cut());
-        dirty_pages += cuts.pages.back().size();
+        cuts.runs.push_back(volume->cut());
+        dirty_runs += cuts.runs.back().size();
     }
-    for (const auto& pages : cuts.pages) {
-        cuts.rest.emplace_back(pages);
+    for (const auto& runs : cuts.runs) {
+        cuts.rest.emplace_back(runs);
     }
-    if (dirty_pages == 0 && records.empty()) {
+    if (dirty_runs == 0 && records.empty()) {
         return 0;
     }
-    Assembly assembly(*this, std::min(kCommitBytes, dirty_pages * kPageBytes));
+    Assembly assembly(*this, std::min(kCommitBytes, dirty_runs * kPageBytes));
     for (size_t v = 0; v < volumes.size(); ++v) {
-        std::span<const DirtyPage>& rest = cuts.rest[v];
+        std::span<const DirtyRun>& rest = cuts.rest[v];
         while (!rest.empty()) {
             const uint64_t leaf = rest.front().page / kPagesPerLeaf;
             size_t count = 1;

@@ -48,6 +48,10 @@ inline constexpr uint64_t kMaxWritePieceBytes = uint64_t{2} << 20;
 inline constexpr uint64_t kMaxBufferedDiscardLeaves = 16;
 /// Pages gathered for one append of the flusher.
 inline constexpr uint64_t kCommitBytes = uint64_t{8} << 20;
+/// Pages and runs of zeros gathered for it, which bounds its records.
+inline constexpr uint64_t kMaxRunsPerBatch = 65'536;
+static_assert(kMaxRunsPerBatch * 32 <= nebula::kMaxRecordBytes / 2);
+static_assert(kMaxRunsPerBatch >= kCommitBytes / kPageBytes);
 static_assert(kCommitBytes % kLeafBytes == 0 && kMaxWritePieceBytes % kPageBytes == 0);
 
 // Folding.

@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "base/units.h"
+#include "nova/device.h"
 #include "nova/testing/test_pool.h"
 
 namespace stellarium::nova {
@@ -572,6 +573,42 @@ TEST(PoolBuffer, ZerosAreHolesHoweverTheyAreWritten) {
     must(device->write_zeroes(kMiB + 8192, kMiB, IoMode::kMayBlock));
     must(flush(*device));
     EXPECT_EQ(must(pool->detail("vm")).data_bytes, 2 * 4096U);
+}
+
+TEST(PoolBuffer, DirtyZerosCostTheirSlotsWhateverTheirLength) {
+    TestPool pool;
+    must(pool->create_volume("vm", 64 * kMiB));
+    auto device = must(pool->attach("vm", {}));
+    constexpr uint64_t kLeaves = 8;
+    for (uint64_t leaf = 0; leaf < kLeaves; ++leaf) {
+        const uint64_t start = leaf * kLeafBytes;
+        must(device->discard(start, kLeafBytes / 2, IoMode::kNoWait));
+        must(device->write_zeroes(start + kLeafBytes / 4, kLeafBytes / 2, IoMode::kNoWait));
+        must(device->discard(start + kLeafBytes / 2, kLeafBytes / 2, IoMode::kNoWait));
+    }
+    Volume& volume = *dynamic_cast<Device&>(*device).volume();
+    EXPECT_EQ(volume.dirty_bytes(), kLeaves * kPageBytes);
+    {
+        const std::lock_guard lock(volume.entity()->commit_mutex);
+        const std::vector<DirtyRun> cut = volume.cut();
+        EXPECT_EQ(cut.size(), kLeaves);
+        volume.settle(cut, /*committed=*/false);
+    }
+    // A page in the middle of a leaf's zeros, then zeros again, also over the death of the process.
+    const auto data = random_bytes(kPageBytes, 1);
+    must(write(*device, kLeafBytes / 2, data));
+    must(write(*device, kLeafBytes, data));
+    must(device->discard(kLeafBytes, kPageBytes, IoMode::kNoWait));
+    EXPECT_EQ(volume.dirty_bytes(), (kLeaves + 1) * kPageBytes);
+    pool.machine().kill_process();
+    device.reset();
+    pool.kill();
+    device = must(pool->attach("vm", {}));
+    EXPECT_EQ(read(*device, kLeafBytes / 2, kPageBytes), data);
+    EXPECT_EQ(read(*device, kLeafBytes, kPageBytes), std::vector<std::byte>(kPageBytes));
+    must(flush(*device));
+    EXPECT_EQ(must(pool->find("vm")).dirty_bytes, 0U);
+    EXPECT_EQ(must(pool->detail("vm")).data_bytes, kPageBytes);
 }
 
 TEST(PoolBuffer, AnotherRuntimeDirectoryFindsTheArenaThroughTheLog) {

@@ -11,6 +11,21 @@
 #include "nova/reader.h"
 
 namespace stellarium::nova {
+namespace {
+
+bool has_bit(const LeafBits& bits, uint64_t page_in_leaf) {
+    return (bits[page_in_leaf / 64] >> (page_in_leaf % 64) & 1) != 0;
+}
+
+void set_bit(LeafBits& bits, uint64_t page_in_leaf) {
+    bits[page_in_leaf / 64] |= uint64_t{1} << (page_in_leaf % 64);
+}
+
+void clear_bit(LeafBits& bits, uint64_t page_in_leaf) {
+    bits[page_in_leaf / 64] &= ~(uint64_t{1} << (page_in_leaf % 64));
+}
+
+}  // namespace
 
 Volume::Volume(nebula::Store& store, NodeCache& cache, Arena& arena, Writeback& writeback,
                EntityPtr entity)
@@ -87,8 +102,8 @@ Result<void> Volume::read(uint64_t offset_bytes, std::span<const iovec> into, Io
         while (position < stop) {
             const uint64_t page = position / kPageBytes;
             const uint64_t page_stop = std::min(stop, (page + 1) * kPageBytes);
-            const auto it = shard.pages.find(page);
-            if (it == shard.pages.end()) {
+            const Slot slot = find(shard, page);
+            if (slot == kNoSlot) {
                 if (!clean.empty() && clean.back().second == position) {
                     clean.back().second = page_stop;
                 } else {
@@ -96,12 +111,11 @@ Result<void> Volume::read(uint64_t offset_bytes, std::span<const iovec> into, Io
                 }
             } else {
                 cursor.move_to(position - offset_bytes);
-                if ((it->second & kZeroFlag) != 0) {
+                if (slot == kZeros) {
                     cursor.fill_zero(page_stop - position);
                 } else {
-                    cursor.copy_from(std::as_const(arena_)
-                                         .data(it->second)
-                                         .subspan(position % kPageBytes, page_stop - position));
+                    cursor.copy_from(std::as_const(arena_).data(slot).subspan(
+                        position % kPageBytes, page_stop - position));
                 }
             }
             position = page_stop;
@@ -125,14 +139,13 @@ Result<void> Volume::load_page(uint64_t page, MutableBytes into, IoMode mode) {
     {
         const Shard& shard = shard_of(page);
         const std::shared_lock lock(shard.mutex);
-        const auto it = shard.pages.find(page);
-        if (it != shard.pages.end()) {
-            if ((it->second & kZeroFlag) != 0) {
-                std::memset(into.data(), 0, into.size());
-            } else {
-                std::memcpy(into.data(), std::as_const(arena_).data(it->second).data(),
-                            into.size());
-            }
+        const Slot slot = find(shard, page);
+        if (slot == kZeros) {
+            std::memset(into.data(), 0, into.size());
+            return {};
+        }
+        if (slot != kNoSlot) {
+            std::memcpy(into.data(), std::as_const(arena_).data(slot).data(), into.size());
             return {};
         }
     }
@@ -153,17 +166,18 @@ void Volume::supersede(Shard& shard, uint64_t first_page, uint64_t end_page) {
     }
 }
 
-void Volume::unmap(Shard& shard, uint64_t page, Slot value, std::vector<Slot>& released) {
-    const Slot slot = value & ~kZeroFlag;
-    if ((value & kZeroFlag) != 0) {
-        arena_.uncover(slot, static_cast<uint32_t>(page % kPagesPerLeaf));
-        const auto covered = shard.zero_pages.find(slot);
-        assert(covered != shard.zero_pages.end());
-        if (--covered->second > 0) {
-            return;
-        }
-        shard.zero_pages.erase(covered);
+Slot Volume::find(const Shard& shard, uint64_t page) {
+    if (const auto it = shard.pages.find(page); it != shard.pages.end()) {
+        return it->second;
     }
+    if (const auto it = shard.zeros.find(page / kPagesPerLeaf);
+        it != shard.zeros.end() && has_bit(it->second.bits, page % kPagesPerLeaf)) {
+        return kZeros;
+    }
+    return kNoSlot;
+}
+
+void Volume::drop_slot(Shard& shard, Slot slot, std::vector<Slot>& released) {
     arena_.retire(slot);
     if (!shard.in_flight.contains(slot)) {
         released.push_back(slot);
@@ -177,10 +191,60 @@ void Volume::map_page(Shard& shard, uint64_t page, Slot slot, uint64_t checksum,
     arena_.publish_page(slot, entity_->id, page, checksum);
     const auto [it, is_new] = shard.pages.try_emplace(page, slot);
     if (is_new) {
-        dirty_pages_.fetch_add(1, std::memory_order_release);
+        dirty_entries_.fetch_add(1, std::memory_order_release);
+        unmap_zeros(shard, page, page + 1, released);
     } else {
-        unmap(shard, page, it->second, released);
+        drop_slot(shard, it->second, released);
         it->second = slot;
+    }
+}
+
+void Volume::map_zeros(Shard& shard, uint64_t leaf, Slot slot, const LeafBits& bits,
+                       std::vector<Slot>& released) {
+    const auto [zeros, is_new] = shard.zeros.try_emplace(leaf, ZeroLeaf{slot, bits});
+    if (is_new) {
+        dirty_entries_.fetch_add(1, std::memory_order_release);
+    } else {
+        drop_slot(shard, zeros->second.slot, released);
+        zeros->second = ZeroLeaf{slot, bits};
+    }
+    if (shard.pages.empty()) {
+        return;
+    }
+    for (uint64_t i = 0; i < kPagesPerLeaf; ++i) {
+        if (!has_bit(bits, i)) {
+            continue;
+        }
+        const auto it = shard.pages.find(leaf * kPagesPerLeaf + i);
+        if (it != shard.pages.end()) {
+            drop_slot(shard, it->second, released);
+            shard.pages.erase(it);
+            dirty_entries_.fetch_sub(1, std::memory_order_release);
+        }
+    }
+}
+
+void Volume::unmap_zeros(Shard& shard, uint64_t first_page, uint64_t end_page,
+                         std::vector<Slot>& released) {
+    const auto it = shard.zeros.find(first_page / kPagesPerLeaf);
+    if (it == shard.zeros.end()) {
+        return;
+    }
+    ZeroLeaf& zeros = it->second;
+    const LeafBits before = zeros.bits;
+    for (uint64_t page = first_page; page < end_page; ++page) {
+        clear_bit(zeros.bits, page % kPagesPerLeaf);
+    }
+    if (zeros.bits == LeafBits{}) {
+        drop_slot(shard, zeros.slot, released);
+        shard.zeros.erase(it);
+        dirty_entries_.fetch_sub(1, std::memory_order_release);
+        return;
+    }
+    for (uint64_t page = first_page; page < end_page; ++page) {
+        if (has_bit(before, page % kPagesPerLeaf)) {
+            arena_.uncover(zeros.slot, static_cast<uint32_t>(page % kPagesPerLeaf));
+        }
     }
 }
 
@@ -200,10 +264,10 @@ void Volume::became_dirty() {
     }
 }
 
-std::vector<DirtyPage> Volume::cut() {
-    std::vector<DirtyPage> pages;
+std::vector<DirtyRun> Volume::cut() {
+    std::vector<DirtyRun> runs;
     if (!dirty()) {
-        return pages;
+        return runs;
     }
     // All shards at once, so that the cut is one moment: a write that began after another had
     // completed is in it only if the other one is.
@@ -211,56 +275,80 @@ std::vector<DirtyPage> Volume::cut() {
         shard.mutex.lock();
     }
     noted_dirty_.store(false);
-    pages.reserve(dirty_pages_.load(std::memory_order_relaxed));
+    runs.reserve(dirty_entries_.load(std::memory_order_relaxed));
     for (Shard& shard : shards_) {
         assert(shard.in_flight.empty());
-        for (const auto& [page, value] : shard.pages) {
-            pages.push_back(
-                {.page = page, .slot = value & ~kZeroFlag, .zero = (value & kZeroFlag) != 0});
-            shard.in_flight.insert(value & ~kZeroFlag);
+        for (const auto& [page, slot] : shard.pages) {
+            runs.push_back({.page = page, .slot = slot});
+            shard.in_flight.insert(slot);
+        }
+        for (const auto& [leaf, zeros] : shard.zeros) {
+            const uint64_t leaf_page = leaf * kPagesPerLeaf;
+            for (uint64_t i = 0; i < kPagesPerLeaf; ++i) {
+                if (!has_bit(zeros.bits, i)) {
+                    continue;
+                }
+                const uint64_t first = i;
+                while (i < kPagesPerLeaf && has_bit(zeros.bits, i)) {
+                    ++i;
+                }
+                runs.push_back({.page = leaf_page + first,
+                                .slot = zeros.slot,
+                                .pages = static_cast<uint16_t>(i - first),
+                                .zero = true});
+            }
+            shard.in_flight.insert(zeros.slot);
         }
     }
     for (Shard& shard : shards_) {
         shard.mutex.unlock();
     }
-    std::sort(pages.begin(), pages.end(),
-              [](const DirtyPage& a, const DirtyPage& b) { return a.page < b.page; });
-    return pages;
+    std::sort(runs.begin(), runs.end(),
+              [](const DirtyRun& a, const DirtyRun& b) { return a.page < b.page; });
+    return runs;
 }
 
-void Volume::settle(std::span<const DirtyPage> pages, bool committed) {
+void Volume::settle(std::span<const DirtyRun> runs, bool committed) {
     std::vector<Slot> released;
-    for (size_t i = 0; i < pages.size();) {
-        const uint64_t leaf = pages[i].page / kPagesPerLeaf;
+    for (size_t i = 0; i < runs.size();) {
+        const uint64_t leaf = runs[i].page / kPagesPerLeaf;
         const size_t first = i;
-        Shard& shard = shard_of(pages[i].page);
+        Shard& shard = shard_of(runs[i].page);
         const std::lock_guard lock(shard.mutex);
-        for (; i < pages.size() && pages[i].page / kPagesPerLeaf == leaf; ++i) {
+        for (; i < runs.size() && runs[i].page / kPagesPerLeaf == leaf; ++i) {
+            const DirtyRun& run = runs[i];
             if (!committed) {
                 continue;
             }
-            const Slot value = pages[i].slot | (pages[i].zero ? kZeroFlag : 0);
-            const auto it = shard.pages.find(pages[i].page);
-            if (it != shard.pages.end() && it->second == value) {
+            if (run.zero) {
+                const auto zeros = shard.zeros.find(leaf);
+                if (zeros != shard.zeros.end() && zeros->second.slot == run.slot) {
+                    unmap_zeros(shard, run.page, run.page + run.pages, released);
+                }
+                continue;
+            }
+            const auto it = shard.pages.find(run.page);
+            if (it != shard.pages.end() && it->second == run.slot) {
                 shard.pages.erase(it);
-                dirty_pages_.fetch_sub(1, std::memory_order_release);
-                unmap(shard, pages[i].page, value, released);
+                dirty_entries_.fetch_sub(1, std::memory_order_release);
+                drop_slot(shard, run.slot, released);
             }
         }
         // Slots that nothing maps any more were only kept for the cut.
-        for (const DirtyPage& page : pages.subspan(first, i - first)) {
-            if (shard.in_flight.erase(page.slot) == 0) {
+        for (const DirtyRun& run : runs.subspan(first, i - first)) {
+            if (shard.in_flight.erase(run.slot) == 0) {
                 continue;
             }
             bool mapped = false;
-            if (page.zero) {
-                mapped = shard.zero_pages.contains(page.slot);
+            if (run.zero) {
+                const auto zeros = shard.zeros.find(leaf);
+                mapped = zeros != shard.zeros.end() && zeros->second.slot == run.slot;
             } else {
-                const auto it = shard.pages.find(page.page);
-                mapped = it != shard.pages.end() && it->second == page.slot;
+                const auto it = shard.pages.find(run.page);
+                mapped = it != shard.pages.end() && it->second == run.slot;
             }
             if (!mapped) {
-                released.push_back(page.slot);
+                released.push_back(run.slot);
             }
         }
     }
@@ -277,14 +365,24 @@ void Volume::drop(uint64_t first_page, uint64_t pages) {
         const std::lock_guard lock(shard.mutex);
         supersede(shard, first_page, end_page);
         for (auto it = shard.pages.begin(); it != shard.pages.end();) {
-            const auto [page, value] = *it;
+            const auto [page, slot] = *it;
             if (page < first_page || page >= end_page) {
                 ++it;
                 continue;
             }
             shard.pages.erase(it++);
-            dirty_pages_.fetch_sub(1, std::memory_order_release);
-            unmap(shard, page, value, released);
+            dirty_entries_.fetch_sub(1, std::memory_order_release);
+            drop_slot(shard, slot, released);
+        }
+        std::vector<uint64_t> leaves;
+        for (const auto& [leaf, zeros] : shard.zeros) {
+            if (leaf * kPagesPerLeaf < end_page && (leaf + 1) * kPagesPerLeaf > first_page) {
+                leaves.push_back(leaf);
+            }
+        }
+        for (const uint64_t leaf : leaves) {
+            unmap_zeros(shard, std::max(first_page, leaf * kPagesPerLeaf),
+                        std::min(end_page, (leaf + 1) * kPagesPerLeaf), released);
         }
     }
     give_back(released);
@@ -306,37 +404,44 @@ void Volume::adopt(const Arena::Found& found) {
         const std::lock_guard lock(shard.mutex);
         held_slots_.fetch_add(1);
         const uint64_t end_page = entity_->state().pages();
-        const auto map = [&](uint64_t page, Slot value) {
-            const auto [it, is_new] = shard.pages.try_emplace(page, value);
-            if (is_new) {
-                dirty_pages_.fetch_add(1);
-            } else {
-                unmap(shard, page, it->second, released);
-                it->second = value;
-            }
-        };
         if (found.kind == format::ArenaSlotKind::kPage) {
-            if (found.page < end_page) {
-                map(found.page, found.slot);
+            if (found.page >= end_page) {
+                drop_slot(shard, found.slot, released);
+            } else if (const auto [it, is_new] = shard.pages.try_emplace(found.page, found.slot);
+                       is_new) {
+                dirty_entries_.fetch_add(1);
+                unmap_zeros(shard, found.page, found.page + 1, released);
             } else {
-                arena_.retire(found.slot);
-                released.push_back(found.slot);
+                drop_slot(shard, it->second, released);
+                it->second = found.slot;
             }
         } else {
-            uint32_t covered = 0;
+            const uint64_t leaf = found.page / kPagesPerLeaf;
+            LeafBits bits{};
             for (uint32_t i = 0; i < kPagesPerLeaf; ++i) {
-                covered += arena_.covers(found.slot, i) && found.page + i < end_page ? 1 : 0;
-            }
-            if (covered == 0) {
-                arena_.retire(found.slot);
-                released.push_back(found.slot);
-            } else {
-                shard.zero_pages.emplace(found.slot, covered);
-                for (uint32_t i = 0; i < kPagesPerLeaf; ++i) {
-                    if (arena_.covers(found.slot, i) && found.page + i < end_page) {
-                        map(found.page + i, found.slot | kZeroFlag);
-                    }
+                if (!arena_.covers(found.slot, i)) {
+                    continue;
                 }
+                if (found.page + i < end_page) {
+                    set_bit(bits, i);
+                } else {
+                    // The volume was shrunk; it may be grown again.
+                    arena_.uncover(found.slot, i);
+                }
+            }
+            // What an earlier slot of zeros still covers is zeros, and this one says so from now
+            // on. An earlier version may have left several for a leaf.
+            const auto before = shard.zeros.find(leaf);
+            if (before != shard.zeros.end()) {
+                for (size_t word = 0; word < bits.size(); ++word) {
+                    bits[word] |= before->second.bits[word];
+                }
+                arena_.cover(found.slot, bits);
+            }
+            if (bits == LeafBits{}) {
+                drop_slot(shard, found.slot, released);
+            } else {
+                map_zeros(shard, leaf, found.slot, bits, released);
             }
         }
     }
@@ -435,13 +540,13 @@ Result<void> Volume::commit_partial(PartialPage& partial, IoMode mode) {
             const auto busy = std::find_if(shard.busy.begin(), shard.busy.end(),
                                            [&](const Busy& b) { return b.page == partial.page; });
             assert(busy != shard.busy.end());
-            const auto present = shard.pages.find(partial.page);
-            if (!busy->superseded || present != shard.pages.end()) {
+            const Slot present = find(shard, partial.page);
+            if (!busy->superseded || present != kNoSlot) {
                 if (busy->superseded) {
-                    if ((present->second & kZeroFlag) != 0) {
+                    if (present == kZeros) {
                         std::memset(data.data(), 0, data.size());
                     } else {
-                        std::memcpy(data.data(), std::as_const(arena_).data(present->second).data(),
+                        std::memcpy(data.data(), std::as_const(arena_).data(present).data(),
                                     data.size());
                     }
                     lay_over();
@@ -624,24 +729,19 @@ Result<void> Volume::discard_pages(uint64_t first_page, uint64_t end_page, IoMod
         const uint64_t leaf_page = page / kPagesPerLeaf * kPagesPerLeaf;
         const uint64_t stop = std::min(end_page, leaf_page + kPagesPerLeaf);
         const Slot slot = slots[next_slot++];
-        std::array<uint64_t, kPagesPerLeaf / 64> bits{};
-        for (uint64_t i = page - leaf_page; i < stop - leaf_page; ++i) {
-            bits[i / 64] |= uint64_t{1} << (i % 64);
-        }
         Shard& shard = shard_of(page);
         const std::lock_guard lock(shard.mutex);
         supersede(shard, page, stop);
-        arena_.publish_zeros(slot, entity_->id, leaf_page, bits);
-        shard.zero_pages.emplace(slot, static_cast<uint32_t>(stop - page));
-        for (; page < stop; ++page) {
-            const auto [it, is_new] = shard.pages.try_emplace(page, slot | kZeroFlag);
-            if (is_new) {
-                dirty_pages_.fetch_add(1, std::memory_order_release);
-            } else {
-                unmap(shard, page, it->second, released);
-                it->second = slot | kZeroFlag;
-            }
+        LeafBits bits{};
+        const auto before = shard.zeros.find(page / kPagesPerLeaf);
+        if (before != shard.zeros.end()) {
+            bits = before->second.bits;
         }
+        for (; page < stop; ++page) {
+            set_bit(bits, page % kPagesPerLeaf);
+        }
+        arena_.publish_zeros(slot, entity_->id, leaf_page, bits);
+        map_zeros(shard, leaf_page / kPagesPerLeaf, slot, bits, released);
     }
     give_back(released);
     became_dirty();

@@ -5,8 +5,10 @@
 // dirty pages. A read asks the dirty map first and the state second. Hence a read that runs beside
 // a commit finds a page either dirty or in the new state, never in an older one.
 //
-// The dirty map is sharded by leaf; a shard maps page numbers to arena slots. A slot's data never
-// changes once it is published: rewriting a page takes a fresh slot. Writes of less than a page
+// The dirty map is sharded by leaf; a shard maps page numbers to arena slots, and leaves to the one
+// slot that says which of their pages are zeros. So what is dirty costs memory in proportion to the
+// slots it holds, however large the ranges that guests discard. A slot's data never changes once it
+// is published: rewriting a page takes a fresh slot. Writes of less than a page
 // copy the rest of the page from its present version, which may have to be read from disk; the page
 // is marked busy meanwhile. Whoever replaces a busy page says so in the mark, and the writer starts
 // again from the new version; so nobody waits for anybody's disk, except two partial writes of one
@@ -61,12 +63,16 @@ class Writeback {
     virtual Result<void> discard_leaves(Volume& volume, uint64_t first_page, uint64_t pages) = 0;
 };
 
-/// One dirty page as it was at a cut.
-struct DirtyPage {
+/// A dirty page, or consecutive ones of a leaf that are zeros, as they were at a cut.
+struct DirtyRun {
     uint64_t page = 0;
     Slot slot = kNoSlot;
-    bool zero = false;  ///< The slot holds no data: the page is zeros.
+    uint16_t pages = 1;
+    bool zero = false;  ///< The slot holds no data: the pages are zeros.
 };
+
+/// One bit for each page of a leaf.
+using LeafBits = std::array<uint64_t, kPagesPerLeaf / 64>;
 
 class Volume : public std::enable_shared_from_this<Volume> {
   public:
@@ -85,17 +91,17 @@ class Volume : public std::enable_shared_from_this<Volume> {
     Result<void> write(uint64_t offset_bytes, std::span<const iovec> from, IoMode mode);
     Result<void> discard(uint64_t offset_bytes, uint64_t length_bytes, IoMode mode);
 
-    bool dirty() const { return dirty_pages_.load(std::memory_order_acquire) != 0; }
+    bool dirty() const { return dirty_entries_.load(std::memory_order_acquire) != 0; }
     uint64_t dirty_bytes() const { return held_slots_.load() * kPageBytes; }
 
     // --- For the committer -----------------------------------------------------------------------
 
-    /// All pages that are dirty at one moment, ascending. Their slots stay as they are until
-    /// settle().
-    std::vector<DirtyPage> cut();
-    /// Ends the use of some pages of a cut; a leaf's pages all at once. `committed`: the published
+    /// All pages that are dirty at one moment, ascending, no two of them twice. Their slots stay as
+    /// they are until settle().
+    std::vector<DirtyRun> cut();
+    /// Ends the use of some runs of a cut; a leaf's runs all at once. `committed`: the published
     /// state has them, so those that were not written again are clean now.
-    void settle(std::span<const DirtyPage> pages, bool committed);
+    void settle(std::span<const DirtyRun> runs, bool committed);
     /// Forgets everything dirty in a range, as a discard of it does.
     void drop(uint64_t first_page, uint64_t pages);
 
@@ -114,19 +120,26 @@ class Volume : public std::enable_shared_from_this<Volume> {
 
   private:
     static constexpr size_t kShards = 16;
-    static constexpr Slot kZeroFlag = Slot{1} << 31;
-    static_assert(kMaxDirtyBudgetBytes / kPageBytes < kZeroFlag);
+    /// What find() says of a page that is dirty zeros.
+    static constexpr Slot kZeros = kNoSlot - 1;
+    static_assert(kMaxDirtyBudgetBytes / kPageBytes < kZeros);
 
     /// A page whose rest is being read for a partial write.
     struct Busy {
         uint64_t page = 0;
         bool superseded = false;  ///< Somebody replaced the page since.
     };
+    /// The dirty zeros of a leaf.
+    struct ZeroLeaf {
+        Slot slot = kNoSlot;
+        LeafBits bits{};  ///< The same as in the slot.
+    };
+    /// A page is in `pages`, or its bit is set in `zeros`, or it is clean.
     struct alignas(64) Shard {
         mutable std::shared_mutex mutex;
-        absl::flat_hash_map<uint64_t, Slot> pages;       ///< Slot, with kZeroFlag for zeros.
-        absl::flat_hash_map<Slot, uint32_t> zero_pages;  ///< Pages that a slot of zeros covers.
-        absl::flat_hash_set<Slot> in_flight;             ///< Part of the present cut.
+        absl::flat_hash_map<uint64_t, Slot> pages;
+        absl::flat_hash_map<uint64_t, ZeroLeaf> zeros;  ///< By leaf; no entry without a page.
+        absl::flat_hash_set<Slot> in_flight;            ///< Part of the present cut.
         std::vector<Busy> busy;
         std::condition_variable_any busy_done;
     };
@@ -150,7 +163,15 @@ class Volume : public std::enable_shared_from_this<Volume> {
     // With the shard's mutex held exclusively.
     void map_page(Shard& shard, uint64_t page, Slot slot, uint64_t checksum,
                   std::vector<Slot>& released);
-    void unmap(Shard& shard, uint64_t page, Slot value, std::vector<Slot>& released);
+    /// Leaf `leaf` has these pages of zeros more, which the published `slot` says as well.
+    void map_zeros(Shard& shard, uint64_t leaf, Slot slot, const LeafBits& bits,
+                   std::vector<Slot>& released);
+    /// The pages in [first_page, end_page), of one leaf, are not dirty zeros any more.
+    void unmap_zeros(Shard& shard, uint64_t first_page, uint64_t end_page,
+                     std::vector<Slot>& released);
+    void drop_slot(Shard& shard, Slot slot, std::vector<Slot>& released);
+    /// Its slot, or kZeros, or kNoSlot when it is clean. Held shared is enough.
+    static Slot find(const Shard& shard, uint64_t page);
     static void supersede(Shard& shard, uint64_t first_page, uint64_t end_page);
 
     void became_dirty();
@@ -162,7 +183,7 @@ class Volume : public std::enable_shared_from_this<Volume> {
     const EntityPtr entity_;
 
     std::array<Shard, kShards> shards_;
-    std::atomic<uint64_t> dirty_pages_{0};  ///< Entries of all shards.
+    std::atomic<uint64_t> dirty_entries_{0};  ///< Of `pages` and `zeros` of all shards.
     std::atomic<uint64_t> held_slots_{0};
     std::atomic<bool> noted_dirty_{false};
     std::atomic<uint64_t> last_sequence_{0};
