@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <bit>
+#include <chrono>
+#include <system_error>
 
 #include <fmt/core.h>
 #include <pthread.h>
@@ -9,24 +11,23 @@
 
 namespace stellarium::vhost {
 
+namespace {
+/// How long a thread that was added waits for work before it ends.
+constexpr std::chrono::seconds kIdleThreadTime{1};
+}  // namespace
+
 BlockingPool::BlockingPool(unsigned threads) {
     threads = std::max(threads, 1U);
     state(Lane::kRead).per_device = std::max(threads / 2, 1U);
+    state(Lane::kWrite).grows = true;
     const std::array<unsigned, kLanes> counts = {threads, threads, 1};
-    sigset_t all;
-    sigset_t before;
-    ::sigfillset(&all);
-    for (int synchronous : {SIGBUS, SIGSEGV, SIGFPE, SIGILL, SIGABRT}) {
-        ::sigdelset(&all, synchronous);
-    }
-    ::pthread_sigmask(SIG_BLOCK, &all, &before);
     for (size_t lane = 0; lane < kLanes; ++lane) {
+        std::lock_guard lock(lanes_[lane].mutex);
+        lanes_[lane].kept = counts[lane];
         for (unsigned i = 0; i < counts[lane]; ++i) {
-            threads_.emplace_back([this, lane] { run(static_cast<Lane>(lane)); });
-            ::pthread_setname_np(threads_.back().native_handle(), "vhost-blocking");
+            start_thread(static_cast<Lane>(lane));
         }
     }
-    ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
 BlockingPool::~BlockingPool() {
@@ -36,10 +37,36 @@ BlockingPool::~BlockingPool() {
             lane.stop = true;
         }
         lane.work.notify_all();
+        for (std::thread& thread : lane.threads) {
+            thread.join();
+        }
     }
-    for (std::thread& thread : threads_) {
-        thread.join();
+}
+
+void BlockingPool::start_thread(Lane lane) {
+    LaneState& lane_state = state(lane);
+    for (Threads::iterator ended : lane_state.ended) {
+        ended->join();
+        lane_state.threads.erase(ended);
     }
+    lane_state.ended.clear();
+    sigset_t all;
+    sigset_t before;
+    ::sigfillset(&all);
+    for (int synchronous : {SIGBUS, SIGSEGV, SIGFPE, SIGILL, SIGABRT}) {
+        ::sigdelset(&all, synchronous);
+    }
+    ::pthread_sigmask(SIG_BLOCK, &all, &before);
+    Threads::iterator self = lane_state.threads.emplace(lane_state.threads.end());
+    try {
+        *self = std::thread([this, lane, self] { run(lane, self); });
+        ::pthread_setname_np(self->native_handle(), "vhost-blocking");
+        ++lane_state.idle;
+    } catch (const std::system_error&) {
+        // The system has no more threads: those that there are will do it, later.
+        lane_state.threads.erase(self);
+    }
+    ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
 void BlockingPool::submit(Lane lane, std::shared_ptr<Device> device,
@@ -47,6 +74,9 @@ void BlockingPool::submit(Lane lane, std::shared_ptr<Device> device,
     LaneState& lane_state = state(lane);
     {
         std::lock_guard lock(lane_state.mutex);
+        if (device->abandoning.load()) {
+            return give_up(*device, std::move(request));
+        }
         std::unique_ptr<LaneBacklog>& slot = device->backlogs[static_cast<size_t>(lane)];
         if (!slot) {
             slot = std::make_unique<LaneBacklog>();
@@ -57,18 +87,62 @@ void BlockingPool::submit(Lane lane, std::shared_ptr<Device> device,
         }
         slot->queued = true;
         lane_state.runnable.push_back(std::move(device));
+        if (lane_state.grows && lane_state.runnable.size() > lane_state.idle) {
+            start_thread(lane);
+        }
     }
     lane_state.work.notify_one();
 }
 
-void BlockingPool::run(Lane lane) {
+void BlockingPool::abandon(Device& device) {
+    device.abandoning.store(true);
+    for (size_t lane = 0; lane < kLanes; ++lane) {
+        std::deque<std::unique_ptr<Request>> waiting;
+        {
+            std::lock_guard lock(lanes_[lane].mutex);
+            LaneBacklog* backlog = device.backlogs[lane].get();
+            if (backlog == nullptr) {
+                continue;
+            }
+            waiting.swap(backlog->waiting);
+            if (backlog->queued) {
+                backlog->queued = false;
+                std::erase_if(lanes_[lane].runnable, [&](const std::shared_ptr<Device>& other) {
+                    return other.get() == &device;
+                });
+            }
+        }
+        for (std::unique_ptr<Request>& request : waiting) {
+            give_up(device, std::move(request));
+        }
+    }
+}
+
+void BlockingPool::give_up(Device& device, std::unique_ptr<Request> request) {
+    request->abandoned = true;
+    device.worker->complete(std::move(request));
+}
+
+void BlockingPool::run(Lane lane, Threads::iterator self) {
     LaneState& lane_state = state(lane);
     std::unique_lock lock(lane_state.mutex);
     while (true) {
-        lane_state.work.wait(lock, [&] { return lane_state.stop || !lane_state.runnable.empty(); });
+        auto has_work = [&] { return lane_state.stop || !lane_state.runnable.empty(); };
+        auto too_many = [&] {
+            return lane_state.threads.size() - lane_state.ended.size() > lane_state.kept;
+        };
+        if (too_many() && !lane_state.work.wait_for(lock, kIdleThreadTime, has_work)) {
+            if (too_many()) {
+                --lane_state.idle;
+                lane_state.ended.push_back(self);
+                return;
+            }
+        }
+        lane_state.work.wait(lock, has_work);
         if (lane_state.runnable.empty()) {
             return;
         }
+        --lane_state.idle;
         std::shared_ptr<Device> device = std::move(lane_state.runnable.front());
         lane_state.runnable.pop_front();
         LaneBacklog& backlog = *device->backlogs[static_cast<size_t>(lane)];
@@ -90,17 +164,21 @@ void BlockingPool::run(Lane lane) {
         if (!backlog.queued) {
             queue_again();
         }
+        ++lane_state.idle;
     }
 }
 
 void BlockingPool::do_request(Lane lane, const std::shared_ptr<Device>& device,
                               std::unique_ptr<Request> request) {
     IoMode mode = lane == Lane::kLarge ? IoMode::kNoWait : IoMode::kMayBlock;
-    Result<void> result = perform(*device->disk, *request, mode);
+    Result<void> result = perform(*device->disk, *request, mode, &device->abandoning);
     if (!result && result.error().code() == ErrorCode::kWouldBlock && mode == IoMode::kNoWait) {
         Lane next = waiting_lane(*request);
         submit(next, device, std::move(request));
         return;
+    }
+    if (!result && result.error().code() == ErrorCode::kCancelled && device->abandoning.load()) {
+        return give_up(*device, std::move(request));
     }
     request->status = status_of(*device, *request, result);
     device->worker->complete(std::move(request));

@@ -67,6 +67,7 @@ void Device::on_resize() {
 
 void Device::on_session_drained() {
     session.reset();
+    abandoning.store(false);
     if (when_detached) {
         finish_detach();
     } else {

@@ -56,6 +56,8 @@ struct Device : std::enable_shared_from_this<Device> {
     std::atomic<bool> connected{false};
     std::atomic<int> peer_pid{0};
     std::atomic<uint64_t> in_flight{0};
+    /// The session ends: whatever of its requests has not begun is given up.
+    std::atomic<bool> abandoning{false};
     std::atomic<uint64_t> connections{0};
     std::atomic<uint64_t> forced_disconnects{0};
     std::atomic<uint64_t> failures{0};  ///< Requests that the device failed.

@@ -28,6 +28,13 @@ static_assert(kSegMax + 2 <= kMaxChainDescriptors && kMaxQueueSize <= kMaxChainD
 /// Transfers above this leave the data thread, so that one guest's huge request does not delay the
 /// other guests of that thread.
 inline constexpr uint64_t kInlineBytes = 1 << 20;
+/// So do discards and write-zeroes of more than one range, or of a longer one.
+inline constexpr uint64_t kInlineRangeBytes = 2 << 20;
+/// What a device may do in one turn of its data thread, over all of its rings: bytes of its
+/// requests, each counted as kMinRequestCost at least. The last one may go beyond.
+inline constexpr uint64_t kTurnBudgetBytes = 4 << 20;
+inline constexpr uint64_t kMinRequestCost = 32 << 10;
+static_assert(kInlineBytes <= kTurnBudgetBytes && kInlineRangeBytes <= kTurnBudgetBytes);
 
 inline constexpr uint32_t kMaxDiscardSegments = 64;
 /// Sectors in one discard or write-zeroes segment: 2 GiB minus a page, a multiple of every block
@@ -37,7 +44,7 @@ inline constexpr uint32_t kMaxDiscardSectors = (uint32_t{1} << 22) - 8;
 /// Requests of one device that may be away from its data thread (waiting for the disk, for buffer
 /// space, for a flush). The rings are not read further until some have come back.
 inline constexpr size_t kMaxAsyncRequests = 256;
-/// Requests taken from one ring before the other rings of the thread get their turn.
+/// Requests taken from one ring before the other rings of the device get their turn.
 inline constexpr size_t kQueueBudget = 64;
 /// Completions gathered before the used index is published.
 inline constexpr size_t kPublishEvery = 16;

@@ -104,6 +104,7 @@ void Request::reset() {
     memory.reset();
     kind = RequestKind::kUnknown;
     status = kBlkStatusOk;
+    abandoned = false;
     flushed = false;
     offset_bytes = 0;
     length_bytes = 0;
@@ -162,7 +163,8 @@ Result<void> decode(Chain& chain, const DiskView& disk, Request& request) {
     return {};
 }
 
-Result<void> perform(BlockDevice& device, const Request& request, IoMode mode) {
+Result<void> perform(BlockDevice& device, const Request& request, IoMode mode,
+                     const std::atomic<bool>* stop) {
     if (request.kind == RequestKind::kRead) {
         return request.length_bytes == 0 ? Result<void>()
                                          : device.read(request.offset_bytes, request.data, mode);
@@ -174,6 +176,9 @@ Result<void> perform(BlockDevice& device, const Request& request, IoMode mode) {
     for (const ByteRange& range : request.ranges) {
         if (range.length_bytes == 0) {
             continue;
+        }
+        if (stop != nullptr && stop->load(std::memory_order_relaxed)) {
+            return fail(ErrorCode::kCancelled, "the device is being detached");
         }
         STELLARIUM_TRY(request.kind == RequestKind::kDiscard
                            ? device.discard(range.offset_bytes, range.length_bytes, mode)

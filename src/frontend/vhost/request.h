@@ -7,6 +7,7 @@
 // blocking pool while the request is with it.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -45,6 +46,7 @@ struct Request {
     uint16_t head = 0;
     RequestKind kind = RequestKind::kUnknown;
     uint8_t status = kBlkStatusOk;
+    bool abandoned = false;          ///< Given up before it was begun: has no status.
     bool flushed = false;            ///< The device's flush was asked for after the data.
     uint64_t offset_bytes = 0;       ///< Reads and writes.
     uint64_t length_bytes = 0;       ///< All data, or all ranges.
@@ -72,7 +74,10 @@ Result<void> decode(Chain& chain, const DiskView& disk, Request& request);
 
 /// Does a read, write, discard or write-zeroes. kWouldBlock only for kNoWait; it may then be done
 /// again from the start.
-Result<void> perform(BlockDevice& device, const Request& request, IoMode mode);
+/// A discard or write-zeroes of several ranges stops between two of them with kCancelled when
+/// `stop` becomes true.
+Result<void> perform(BlockDevice& device, const Request& request, IoMode mode,
+                     const std::atomic<bool>* stop = nullptr);
 
 /// Writes the answer to GET_ID: up to 20 bytes, filled up with zeros.
 void fill_serial(const std::string& serial, const Request& request);

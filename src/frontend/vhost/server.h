@@ -99,8 +99,10 @@ class VhostServer {
     /// kBusy (something listens on that path), kIo.
     Result<void> attach(std::string name, std::shared_ptr<BlockDevice> device,
                         AttachOptions options);
-    /// Takes no more requests, finishes those taken, disconnects the guest, removes the socket.
-    /// Waits as long as the device takes. kNotFound.
+    /// Takes no more requests, finishes those that the device has begun, disconnects the guest,
+    /// removes the socket. Requests that wait for a thread are given up without an answer: the
+    /// front-end finds them in its in-flight region when it connects again. Waits as long as the
+    /// device takes for what it has begun. kNotFound.
     Result<void> detach(std::string_view name);
     std::vector<AttachmentStatus> status() const;
     Result<AttachmentStatus> status(std::string_view name) const;

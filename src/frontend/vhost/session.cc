@@ -303,11 +303,16 @@ void Session::close(std::string_view reason) {
     worker_.keep_until_end_of_turn(shared_from_this());
     if (async_ == 0) {
         device_->on_session_drained();
+    } else {
+        device_->pool->abandon(*device_);
     }
 }
 
 void Session::drain() {
     draining_ = true;
+    if (async_ > 0) {
+        device_->pool->abandon(*device_);
+    }
     if (async_ == 0) {
         close_drained();
     }
@@ -799,7 +804,11 @@ bool Session::running(const Queue& queue) const {
 void Session::schedule(Queue& queue) {
     if (!queue.ready) {
         queue.ready = true;
-        worker_.make_ready(shared_from_this(), index_of(queue));
+        ready_.push_back(index_of(queue));
+        if (!on_ready_list_) {
+            on_ready_list_ = true;
+            worker_.make_ready(shared_from_this());
+        }
     }
 }
 
@@ -816,26 +825,37 @@ void Session::on_kick(uint16_t index) {
             queue.kick = {};
         }
     }
-    if (!queue.ready && !queue.stalled) {
-        process(index);
+    if (!queue.stalled) {
+        schedule(queue);
     }
 }
 
 bool Session::poll(uint16_t index) {
     Queue& queue = queues_[index];
-    if (!closed_ && queue.polled && !queue.ready && !queue.stalled) {
-        process(index);
+    if (!closed_ && queue.polled && !queue.stalled) {
+        schedule(queue);
     }
     queue.on_poll_list = !closed_ && queue.polled;
     return queue.on_poll_list;
 }
 
-void Session::process(uint16_t index) {
-    Queue& queue = queues_[index];
-    queue.ready = false;
-    if (closed_) {
-        return;
+void Session::take_turn() {
+    on_ready_list_ = false;
+    turn_budget_ = kTurnBudgetBytes;
+    // Rings that become ready during this turn, or find no budget left in it, wait for the next.
+    for (size_t count = ready_.size(); count > 0 && turn_budget_ > 0 && !closed_; --count) {
+        Queue& queue = queues_[ready_.front()];
+        ready_.pop_front();
+        queue.ready = false;
+        process(queue);
     }
+    if (!ready_.empty() && !closed_ && !on_ready_list_) {
+        on_ready_list_ = true;
+        worker_.make_ready(shared_from_this());
+    }
+}
+
+void Session::process(Queue& queue) {
     publish(queue);
     if (!running(queue)) {
         return;
@@ -851,7 +871,7 @@ void Session::process(uint16_t index) {
             any_stalled_ = true;
             break;
         }
-        if (taken == kQueueBudget) {
+        if (taken == kQueueBudget || turn_budget_ == 0) {
             schedule(queue);
             break;
         }
@@ -860,7 +880,7 @@ void Session::process(uint16_t index) {
             // A lost mapping reads as zeros, which is the better explanation of what it broke.
             publish(queue);
             check_memory();
-            break_off(popped.error().with_context(fmt::format("queue {}", index)));
+            break_off(popped.error().with_context(fmt::format("queue {}", index_of(queue))));
             return;
         }
         if (!*popped) {
@@ -917,6 +937,11 @@ void Session::start_request(Queue& queue, Chain& chain, const DiskView& disk) {
     if (!request->data.empty() && request->length_bytes > kInlineBytes) {
         return submit(queue, std::move(request), Lane::kLarge);
     }
+    if (request->ranges.size() > 1 ||
+        (!request->ranges.empty() && request->length_bytes > kInlineRangeBytes)) {
+        return submit(queue, std::move(request), Lane::kWrite);
+    }
+    turn_budget_ -= std::min(turn_budget_, std::max(request->length_bytes, kMinRequestCost));
     Result<void> result = perform(*device_->disk, *request, IoMode::kNoWait);
     if (!result && result.error().code() == ErrorCode::kWouldBlock) {
         Lane lane = waiting_lane(*request);
@@ -963,6 +988,14 @@ void Session::on_completed(std::unique_ptr<Request> request) {
         worker_.recycle(std::move(request));
         if (async_ == 0) {
             device_->on_session_drained();
+        }
+        return;
+    }
+    if (request->abandoned) {
+        // The guest is not told: its next back-end finds the request in the in-flight region.
+        worker_.recycle(std::move(request));
+        if (async_ == 0) {
+            close_drained();
         }
         return;
     }

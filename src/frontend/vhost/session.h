@@ -8,15 +8,16 @@
 // to the blocking pool, and a flush to the device; it comes back by on_completed().
 //
 // After close() nothing of the guest's memory is written by this session's rings any more: the
-// front-end may already have handed the rings to someone else. What was in flight is finished on
-// the device, its completion is dropped, and only then may the next front-end connect. It finds the
-// dropped requests by the in-flight region (or by its own base index) and submits them again, after
-// everything of this session has taken effect.
+// front-end may already have handed the rings to someone else. What waits for a thread is given up;
+// what the device has begun is finished, its completion is dropped, and only then may the next
+// front-end connect. It finds all of these requests by the in-flight region (or by its own base
+// index) and submits them again, after everything of this session has taken effect.
 //
 // Thread rule: the device's data thread.
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <string_view>
@@ -56,14 +57,16 @@ class Session : public std::enable_shared_from_this<Session> {
 
     void on_socket();
     void on_kick(uint16_t queue);
-    /// Publishes what is staged and takes requests from a ring, within the budget.
-    void process(uint16_t queue);
+    /// Publishes what is staged and takes requests from the rings that have work, in turn, within
+    /// the budget.
+    void take_turn();
     /// For a ring without kick descriptor; false when it no longer is one.
     bool poll(uint16_t queue);
     void on_completed(std::unique_ptr<Request> request);
     /// Tells the guest that the configuration space has changed.
     void on_resize();
-    /// Takes no more requests, and closes when none is in flight.
+    /// Takes no more requests, gives up those that have not begun, and closes when none is in
+    /// flight.
     void drain();
 
   private:
@@ -79,7 +82,7 @@ class Session : public std::enable_shared_from_this<Session> {
         bool kick_set = false;  ///< By descriptor, or by the flag that asks for polling.
         bool polled = false;
         bool on_poll_list = false;
-        bool ready = false;    ///< On the worker's list.
+        bool ready = false;    ///< Among ready_.
         bool stalled = false;  ///< Waits for requests to come back.
         uint32_t in_flight = 0;
     };
@@ -139,6 +142,7 @@ class Session : public std::enable_shared_from_this<Session> {
     // Requests.
     bool running(const Queue& queue) const;
     void schedule(Queue& queue);
+    void process(Queue& queue);
     void start_request(Queue& queue, Chain& chain, const DiskView& disk);
     void submit(Queue& queue, std::unique_ptr<Request> request, Lane lane);
     void submit_flush(Queue& queue, std::unique_ptr<Request> request);
@@ -175,7 +179,10 @@ class Session : public std::enable_shared_from_this<Session> {
     bool replied_ = false;
     bool refused_ = false;  ///< The message was understood and declined; not fatal.
 
-    size_t async_ = 0;  ///< Requests in flight: in the pool, or waiting for a flush.
+    std::deque<uint16_t> ready_;  ///< Rings with work, the next one first.
+    bool on_ready_list_ = false;  ///< On the worker's list.
+    uint64_t turn_budget_ = 0;    ///< What is left of kTurnBudgetBytes in this turn.
+    size_t async_ = 0;            ///< Requests in flight: in the pool, or waiting for a flush.
     bool any_stalled_ = false;
     bool draining_ = false;
     bool closed_ = false;

@@ -114,8 +114,8 @@ void Worker::interrupt_if_stuck() {
     last_seen_ = now;
 }
 
-void Worker::make_ready(const std::shared_ptr<Session>& session, uint16_t queue) {
-    ready_.push_back(ReadyQueue{session, queue});
+void Worker::make_ready(std::shared_ptr<Session> session) {
+    ready_.push_back(std::move(session));
 }
 
 void Worker::poll_queue(const std::weak_ptr<Session>& session, uint16_t queue) {
@@ -176,10 +176,10 @@ void Worker::run() {
                     break;
             }
         }
-        run_ready();
         if (!polled_.empty()) {
             run_polled();
         }
+        run_ready();
         if (!late_accepts_.empty() && std::chrono::steady_clock::now() >= next_accept_) {
             run_late_accepts();
         }
@@ -225,9 +225,9 @@ bool Worker::run_posted() {
 void Worker::run_ready() {
     // Those that become ready during this turn wait for the next.
     for (size_t count = ready_.size(); count > 0; --count) {
-        ReadyQueue ready = std::move(ready_.front());
+        std::shared_ptr<Session> session = std::move(ready_.front());
         ready_.pop_front();
-        ready.session->process(ready.queue);
+        session->take_turn();
     }
 }
 

@@ -1,8 +1,7 @@
 // A data thread: one epoll loop over the sockets and kick descriptors of the devices pinned to it.
 //
 // A turn of the loop: run what other threads posted, complete finished requests, handle events,
-// then let each ring that has work take a bounded number of requests. It never blocks except in
-// epoll_wait.
+// then let each device that has work do a bounded part of it. It never blocks except in epoll_wait.
 //
 // Kick descriptors are registered edge-triggered and never read: every write to an eventfd gives a
 // new edge, so a system call a kick is saved, and a front-end that reads its own eventfd at the
@@ -60,8 +59,8 @@ class Worker {
     Result<void> watch(int fd, uint32_t events, EventSource& source);
     void change(int fd, uint32_t events, EventSource& source);
     void unwatch(int fd);
-    /// Puts a ring on the list of those with work.
-    void make_ready(const std::shared_ptr<Session>& session, uint16_t queue);
+    /// Puts a session on the list of those with work; it is not on it already.
+    void make_ready(std::shared_ptr<Session> session);
     /// Looks at a ring without kick descriptor every kPollIntervalMs while the session lives.
     void poll_queue(const std::weak_ptr<Session>& session, uint16_t queue);
     /// Calls Device::on_listener again in a while: the process was out of descriptors.
@@ -76,10 +75,6 @@ class Worker {
     Chain& chain() { return chain_; }
 
   private:
-    struct ReadyQueue {
-        std::shared_ptr<Session> session;
-        uint16_t queue;
-    };
     struct PolledQueue {
         std::weak_ptr<Session> session;
         uint16_t queue;
@@ -107,7 +102,7 @@ class Worker {
     std::vector<std::unique_ptr<Request>> completed_;
     bool stop_ = false;
 
-    std::deque<ReadyQueue> ready_;
+    std::deque<std::shared_ptr<Session>> ready_;
     std::vector<PolledQueue> polled_;
     std::vector<std::weak_ptr<Device>> late_accepts_;
     std::chrono::steady_clock::time_point next_accept_;

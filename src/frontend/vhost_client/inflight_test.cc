@@ -247,7 +247,8 @@ TEST_F(VhostTest, RequestsOfALostConnectionAreDoneAgainInOrder) {
     guest.client.reset();
     disk_->release();
 
-    // The next connection is served when all of that is over, and does it once more.
+    // The next connection is served when all of that is over, and does it once more. What had not
+    // begun when the connection was seen to be lost was given up.
     guest.connect(socket());
     while (guest.queue().outstanding() > 0) {
         ASSERT_TRUE(guest.queue().wait(kClientTimeout));
@@ -257,7 +258,8 @@ TEST_F(VhostTest, RequestsOfALostConnectionAreDoneAgainInOrder) {
         EXPECT_EQ(slot->status(), kBlkStatusOk);
     }
     EXPECT_EQ(on_disk(0, 4096), last);
-    EXPECT_EQ(disk_->writes(), 12U);
+    EXPECT_GE(disk_->writes(), 7U);
+    EXPECT_LE(disk_->writes(), 12U);
     EXPECT_EQ(disk_->flushes(), 2U);
     EXPECT_EQ(guest.queue().used_index(), 7U);
 }

@@ -1,5 +1,6 @@
 // What a well-behaved guest sees.
 #include <fstream>
+#include <future>
 #include <thread>
 
 #include <sys/socket.h>
@@ -635,9 +636,13 @@ TEST_F(VhostTest, OneFrontEndAtATimeAndTheNextInTurn) {
     EXPECT_EQ(status().connections, 2U);
 }
 
-TEST_F(VhostTest, DetachFinishesWhatWasTaken) {
+TEST_F(VhostTest, DetachFinishesWhatWasBegunAndGivesUpTheRest) {
     attach_one();
-    TestGuest guest;
+    attach("two", disk_);
+    attach("three", disk_);  // So that each data thread has one that is not being detached.
+    GuestOptions options;
+    options.inflight = true;
+    TestGuest guest(options);
     guest.connect(socket());
     disk_->hold();
     std::vector<std::unique_ptr<BlkSlot>> slots;
@@ -650,19 +655,155 @@ TEST_F(VhostTest, DetachFinishesWhatWasTaken) {
     disk_->wait_until_held(6);  // One of the writes, and the five flushes.
     EXPECT_EQ(status().in_flight, 10U);
     std::thread detaching([&] { STELLARIUM_EXPECT_OK(server_->detach("one")); });
+    while (std::filesystem::exists(socket())) {
+        std::this_thread::yield();
+    }
+    // The file goes in the task that gives up; whatever the thread answers afterwards comes later.
+    for (const char* name : {"two", "three"}) {
+        TestGuest other;
+        other.connect_only(socket(name));
+    }
     disk_->release();
     detaching.join();
-    EXPECT_EQ(guest.queue().used_index(), 10U);
-    for (const auto& slot : slots) {
-        EXPECT_EQ(slot->status(), kBlkStatusOk);
-    }
+    EXPECT_EQ(guest.queue().used_index(), 6U);
+    EXPECT_EQ(disk_->writes(), 1U);
     EXPECT_TRUE(guest.client->wait_closed());
     EXPECT_FALSE(std::filesystem::exists(socket()));
     EXPECT_FALSE(server_->detach("one"));
     EXPECT_FALSE(server_->status("one"));
+    // The next back-end finds the rest.
     attach_one();
-    TestGuest again;
-    again.connect(socket());
+    guest.connect(socket());
+    while (guest.queue().outstanding() > 0) {
+        ASSERT_TRUE(guest.queue().wait(kTimeout));
+        while (guest.queue().take_used()) {
+        }
+    }
+    for (const auto& slot : slots) {
+        EXPECT_EQ(slot->status(), kBlkStatusOk);
+    }
+    EXPECT_EQ(disk_->writes(), 5U);
+}
+
+/// A disk of zeros that says in which mode it was asked, and makes the first read wait at a gate.
+class ProbeDisk : public BlockDevice {
+  public:
+    explicit ProbeDisk(std::function<void(uint64_t length_bytes, IoMode mode)> on_request)
+        : on_request_(std::move(on_request)) {}
+
+    uint64_t size_bytes() const override { return kGiB; }
+    bool read_only() const override { return false; }
+    std::string serial() const override { return {}; }
+    Result<void> read(uint64_t, std::span<const iovec> into, IoMode mode) override {
+        uint64_t length_bytes = 0;
+        for (const iovec& part : into) {
+            length_bytes += part.iov_len;
+        }
+        on_request_(length_bytes, mode);
+        return {};
+    }
+    Result<void> write(uint64_t, std::span<const iovec>, IoMode) override { return {}; }
+    Result<void> discard(uint64_t, uint64_t length_bytes, IoMode mode) override {
+        on_request_(length_bytes, mode);
+        return {};
+    }
+    Result<void> write_zeroes(uint64_t offset, uint64_t length_bytes, IoMode mode) override {
+        return discard(offset, length_bytes, mode);
+    }
+    void flush_async(std::function<void(Result<void>)> done) override { done({}); }
+    void set_resize_listener(std::function<void(uint64_t)>) override {}
+
+  private:
+    std::function<void(uint64_t, IoMode)> on_request_;
+};
+
+TEST_F(VhostTest, DiscardsOfManyOrLongRangesLeaveTheDataThread) {
+    std::mutex mutex;
+    std::vector<IoMode> modes;
+    auto probe = std::make_shared<ProbeDisk>([&](uint64_t, IoMode mode) {
+        std::lock_guard lock(mutex);
+        modes.push_back(mode);
+    });
+    STELLARIUM_EXPECT_OK(server_->attach("probe", probe, {.socket_path = socket("probe")}));
+    TestGuest guest;
+    guest.connect(socket("probe"));
+    auto modes_of = [&](uint32_t kind, const std::vector<BlkRange>& ranges) {
+        modes.clear();
+        auto bytes = static_cast<uint32_t>(ranges.size() * sizeof(BlkRange));
+        BlkSlot slot(*guest.ram, bytes);
+        std::memcpy(slot.data().data(), ranges.data(), bytes);
+        EXPECT_TRUE(guest.queue().add(slot.prepare(kind, 0, bytes)));
+        guest.queue().kick();
+        EXPECT_TRUE(guest.queue().wait(kTimeout));
+        EXPECT_TRUE(guest.queue().take_used());
+        EXPECT_EQ(slot.status(), kBlkStatusOk);
+        std::lock_guard lock(mutex);
+        return modes;
+    };
+    constexpr uint32_t kInlineSectors = kInlineRangeBytes / 512;
+    for (uint32_t kind : {kBlkDiscard, kBlkWriteZeroes}) {
+        EXPECT_EQ(modes_of(kind, {{0, kInlineSectors, 0}}), std::vector{IoMode::kNoWait});
+        EXPECT_EQ(modes_of(kind, {{0, kInlineSectors + 8, 0}}), std::vector{IoMode::kMayBlock});
+        EXPECT_EQ(modes_of(kind, {{0, 8, 0}, {8, 8, 0}}), std::vector(2, IoMode::kMayBlock));
+    }
+}
+
+TEST_F(VhostTest, ATurnIsBoundedForTheDeviceNotForEachRing) {
+    ServerOptions one_thread;
+    one_thread.data_threads = 1;
+    server_ = value_of(VhostServer::create(one_thread), "server");
+    std::promise<void> entered;
+    std::promise<void> gate;
+    std::atomic<bool> first{true};
+    std::atomic<uint64_t> greedy_bytes{0};
+    uint64_t before_modest = 0;
+    auto greedy = std::make_shared<ProbeDisk>([&](uint64_t length_bytes, IoMode) {
+        if (first.exchange(false)) {
+            entered.set_value();
+            gate.get_future().wait();
+        }
+        greedy_bytes += length_bytes;
+    });
+    auto modest =
+        std::make_shared<ProbeDisk>([&](uint64_t, IoMode) { before_modest = greedy_bytes.load(); });
+    AttachOptions attach_options{.socket_path = socket("greedy"), .queues = 8};
+    STELLARIUM_EXPECT_OK(server_->attach("greedy", greedy, attach_options));
+    STELLARIUM_EXPECT_OK(server_->attach("modest", modest, {.socket_path = socket("modest")}));
+    GuestOptions options;
+    options.queues = 8;
+    TestGuest bad(options);
+    bad.connect(socket("greedy"));
+    TestGuest good;
+    good.connect(socket("modest"));
+    // The data thread stands in the first request while everything else arrives.
+    BlkSlot opener(*bad.ram, 4096);
+    ASSERT_TRUE(bad.queue(7).add(opener.prepare(kBlkIn, 0, 4096)));
+    bad.queue(7).kick();
+    entered.get_future().wait();
+    BlkSlot big(*bad.ram, kInlineBytes);
+    for (uint16_t q = 0; q < 8; ++q) {
+        // All of them into the same buffer: nobody reads it.
+        for (int i = 0; i < 40; ++i) {
+            ASSERT_TRUE(bad.queue(q).add(big.prepare(kBlkIn, 0, kInlineBytes)));
+        }
+        bad.queue(q).kick();
+    }
+    BlkSlot small(*good.ram, 4096);
+    ASSERT_TRUE(good.queue().add(small.prepare(kBlkIn, 0, 4096)));
+    good.queue().kick();
+    gate.set_value();
+    ASSERT_TRUE(good.queue().wait(kTimeout));
+    // What was left of the turn under way, and perhaps one more.
+    EXPECT_LE(before_modest, 2 * (kTurnBudgetBytes + kInlineBytes));
+    for (uint16_t q = 0; q < 8; ++q) {
+        while (bad.queue(q).outstanding() > 0) {
+            ASSERT_TRUE(bad.queue(q).wait(kTimeout));
+            while (bad.queue(q).take_used()) {
+            }
+        }
+    }
+    EXPECT_EQ(greedy_bytes.load(), 4096 + 8 * 40 * kInlineBytes);
+    server_->shutdown();
 }
 
 TEST_F(VhostTest, AStalledDeviceStallsOnlyItself) {
@@ -697,6 +838,41 @@ TEST_F(VhostTest, AStalledDeviceStallsOnlyItself) {
     while (stalled.queue().outstanding() > 0) {
         ASSERT_TRUE(stalled.queue().wait(kTimeout));
         stalled.queue().take_used();
+    }
+}
+
+TEST_F(VhostTest, ManyStalledDevicesLeaveAThreadForTheHealthyOne) {
+    // One more than the write lane keeps threads.
+    GuestOptions options;
+    options.ram_bytes = 2 * kMiB;
+    std::vector<std::shared_ptr<MemoryDisk>> disks;
+    std::vector<std::unique_ptr<TestGuest>> guests;
+    std::vector<std::unique_ptr<BlkSlot>> slots;
+    for (int i = 0; i < 6; ++i) {
+        std::string name = "d" + std::to_string(i);
+        disks.push_back(value_of(MemoryDisk::create(kMiB), "disk"));
+        attach(name, disks.back());
+        guests.push_back(std::make_unique<TestGuest>(options));
+        guests.back()->connect(socket(name));
+        slots.push_back(std::make_unique<BlkSlot>(*guests.back()->ram, 4096));
+        // A write that has to read a page first.
+        disks.back()->set_would_block(true);
+        bool healthy = i == 5;
+        if (!healthy) {
+            disks.back()->hold();
+        }
+        ASSERT_TRUE(guests.back()->queue().add(slots.back()->prepare(kBlkOut, 0, 4096)));
+        guests.back()->queue().kick();
+        if (!healthy) {
+            disks.back()->wait_until_held(1);
+        }
+    }
+    EXPECT_TRUE(guests.back()->queue().wait(kTimeout));
+    for (const auto& disk : disks) {
+        disk->release();
+    }
+    for (const auto& guest : guests) {
+        EXPECT_TRUE(guest->queue().wait(kTimeout));
     }
 }
 
