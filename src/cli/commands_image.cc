@@ -52,7 +52,7 @@ Result<void> init(Context& context, const Arguments&) {
                 return fail(ErrorCode::kNotFound, fmt::format("the folder {} does not exist",
                                                               directory.substr(0, slash)));
             }
-            STELLARIUM_TRY(control::make_private_directory(directory.substr(0, slash)));
+            STELLARIUM_TRY(control::make_directories(directory.substr(0, slash)));
         }
     }
     STELLARIUM_TRY(nova::Pool::create(env, directory, options));

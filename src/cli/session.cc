@@ -19,12 +19,15 @@ namespace {
 
 class DaemonSession final : public Session {
   public:
-    DaemonSession(std::string socket, std::unique_ptr<control::ControlClient> client)
-        : socket_(std::move(socket)), client_(std::move(client)) {}
+    DaemonSession(std::string socket, std::vector<uid_t> trusted_users,
+                  std::unique_ptr<control::ControlClient> client)
+        : socket_(std::move(socket)),
+          trusted_users_(std::move(trusted_users)),
+          client_(std::move(client)) {}
 
     control::ControlClient& client() override { return *client_; }
     std::unique_ptr<control::ControlClient> second_client() override {
-        auto second = control::connect_unix(socket_);
+        auto second = control::connect_unix(socket_, trusted_users_);
         return second ? *std::move(second) : nullptr;
     }
     bool through_daemon() const override { return true; }
@@ -33,6 +36,7 @@ class DaemonSession final : public Session {
 
   private:
     std::string socket_;
+    std::vector<uid_t> trusted_users_;
     std::unique_ptr<control::ControlClient> client_;
 };
 
@@ -84,8 +88,9 @@ Result<void> check_owner(const std::string& directory) {
 }
 
 std::unique_ptr<Session> daemon_session(const std::string& socket,
+                                        const std::vector<uid_t>& trusted_users,
                                         std::unique_ptr<control::ControlClient> client) {
-    return std::make_unique<DaemonSession>(socket, std::move(client));
+    return std::make_unique<DaemonSession>(socket, trusted_users, std::move(client));
 }
 
 }  // namespace
@@ -115,7 +120,7 @@ Result<std::unique_ptr<Session>> Session::open(const StoreLocation& location) {
                                         location.store));
             }
         }
-        return daemon_session(socket, std::move(client));
+        return daemon_session(socket, {}, std::move(client));
     }
 
     STELLARIUM_ASSIGN(const std::string directory, store_directory(location));
@@ -129,7 +134,7 @@ Result<std::unique_ptr<Session>> Session::open(const StoreLocation& location) {
     for (const std::string& candidate : control::control_socket_candidates(*env.files, directory)) {
         auto client = control::connect_unix(candidate, trusted);
         if (client) {
-            return daemon_session(candidate, *std::move(client));
+            return daemon_session(candidate, trusted, *std::move(client));
         }
         if (client.error().code() == ErrorCode::kPermissionDenied) {
             denied = client.error();

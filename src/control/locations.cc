@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <climits>
 #include <cstdlib>
+#include <deque>
 #include <filesystem>
 
 #include <fcntl.h>
@@ -84,36 +86,163 @@ std::string real_path(const std::string& path) {
                                                            : real.parent_path().string();
 }
 
+std::string absolute_path(const std::string& path) {
+    std::error_code failed;
+    const std::filesystem::path absolute =
+        std::filesystem::absolute(path, failed).lexically_normal();
+    if (failed) {
+        return path;
+    }
+    return absolute.has_filename() || absolute == absolute.root_path()
+               ? absolute.string()
+               : absolute.parent_path().string();
+}
+
 std::string default_runtime_directory(const std::string& store_directory) {
     return runtime_base() + "/" + store_tag(store_directory);
 }
 
-Result<void> make_private_directory(const std::string& path) {
+Result<void> make_directories(const std::string& path) {
     const std::filesystem::path target(path);
-    if (const std::filesystem::path parent = target.parent_path();
-        !parent.empty() && parent != target) {
-        struct stat status{};
-        if (stat(parent.c_str(), &status) != 0) {
-            STELLARIUM_TRY(make_private_directory(parent.string()));
+    if (mkdir(path.c_str(), 0700) == 0 || errno == EEXIST) {
+        return {};
+    }
+    if (errno == ENOENT && target.has_relative_path() && target.parent_path() != target) {
+        STELLARIUM_TRY(make_directories(target.parent_path().string()));
+        if (mkdir(path.c_str(), 0700) == 0 || errno == EEXIST) {
+            return {};
         }
     }
-    if (mkdir(path.c_str(), 0700) != 0 && errno != EEXIST) {
-        return std::unexpected(Error::from_errno(errno, "make directory " + path));
-    }
-    struct stat status{};
-    if (stat(path.c_str(), &status) != 0) {
-        return std::unexpected(Error::from_errno(errno, "look at directory " + path));
-    }
+    return std::unexpected(Error::from_errno(errno, "make directory " + path));
+}
+
+namespace {
+
+/// Nobody but us, root and, for the last one, nobody at all could have put something else in its
+/// place or into it.
+Result<void> check_component(const std::string& path, const struct stat& status, bool last,
+                             std::optional<gid_t> group) {
     if (!S_ISDIR(status.st_mode)) {
         return fail(ErrorCode::kInvalidArgument, fmt::format("{} is not a directory", path));
     }
-    if (status.st_uid != geteuid() || (status.st_mode & (S_IWGRP | S_IWOTH)) != 0) {
+    const bool others_write = (status.st_mode & (S_IWGRP | S_IWOTH)) != 0;
+    if (!last) {
+        // In a sticky directory others cannot touch what is ours.
+        const bool safe = !others_write || (status.st_mode & S_ISVTX) != 0;
+        if (safe && (status.st_uid == 0 || status.st_uid == geteuid())) {
+            return {};
+        }
+        return fail(ErrorCode::kPermissionDenied,
+                    fmt::format("directory {} belongs to user {} with mode {:o}: others could put "
+                                "directories and sockets of their own there; choose another place "
+                                "(STELLARIUM_RUNTIME_DIR, --runtime-dir), or remove it",
+                                path, status.st_uid, status.st_mode & 07777));
+    }
+    if (status.st_uid != geteuid() || others_write) {
         return fail(ErrorCode::kPermissionDenied,
                     fmt::format("directory {} must belong to user {} and be writable by nobody "
                                 "else; it belongs to user {} with mode {:o}",
                                 path, geteuid(), status.st_uid, status.st_mode & 07777));
     }
+    if (group && (status.st_gid != *group || (status.st_mode & S_IXGRP) == 0)) {
+        return fail(ErrorCode::kPermissionDenied,
+                    fmt::format("group {} cannot enter the directory {}, which was not made by "
+                                "this start: remove it, or chgrp {} and chmod 710 it",
+                                *group, path, *group));
+    }
     return {};
+}
+
+/// Walks along `path`, also through symbolic links of trusted owners, checks every directory on the
+/// way and, with `make`, makes those that are missing.
+Result<void> walk(const std::string& path, std::optional<gid_t> group, bool make) {
+    constexpr int kMaxLinks = 40;
+    std::deque<std::string> todo;
+    for (const auto& part : std::filesystem::path(absolute_path(path)).relative_path()) {
+        todo.push_back(part.string());
+    }
+    if (todo.size() < 2) {
+        return fail(ErrorCode::kInvalidArgument,
+                    fmt::format("{} is a directory of the whole system: name one of its own, such "
+                                "as /run/stellarium/a",
+                                path));
+    }
+    int links = 0;
+    std::string at;  // A checked directory; "" is the root.
+    struct stat status{};
+    if (lstat("/", &status) != 0) {
+        return std::unexpected(Error::from_errno(errno, "look at directory /"));
+    }
+    STELLARIUM_TRY(check_component("/", status, false, group));
+    while (!todo.empty()) {
+        const std::string part = std::move(todo.front());
+        todo.pop_front();
+        if (part == "..") {
+            at.resize(at.empty() ? 0 : at.rfind('/'));
+            continue;
+        }
+        const std::string next = at + "/" + part;
+        bool made = false;
+        if (lstat(next.c_str(), &status) != 0) {
+            if (errno != ENOENT) {
+                return std::unexpected(Error::from_errno(errno, "look at directory " + next));
+            }
+            if (!make) {
+                return {};
+            }
+            made = mkdir(next.c_str(), 0700) == 0;
+            if (!made && errno != EEXIST) {
+                return std::unexpected(Error::from_errno(errno, "make directory " + next));
+            }
+            if (lstat(next.c_str(), &status) != 0) {
+                return std::unexpected(Error::from_errno(errno, "look at directory " + next));
+            }
+        }
+        if (S_ISLNK(status.st_mode)) {
+            std::array<char, PATH_MAX> target{};
+            const ssize_t length = readlink(next.c_str(), target.data(), target.size());
+            if ((status.st_uid != 0 && status.st_uid != geteuid()) || length <= 0 ||
+                ++links > kMaxLinks) {
+                return fail(ErrorCode::kPermissionDenied,
+                            fmt::format("{} is a symbolic link of user {}: remove it, or choose "
+                                        "another place",
+                                        next, status.st_uid));
+            }
+            const std::filesystem::path to(
+                std::string_view(target.data(), static_cast<size_t>(length)));
+            if (to.is_absolute()) {
+                at.clear();
+            }
+            std::vector<std::string> parts;
+            for (const auto& step : to.relative_path()) {
+                if (!step.empty() && step != ".") {
+                    parts.push_back(step.string());
+                }
+            }
+            todo.insert(todo.begin(), parts.begin(), parts.end());
+            continue;
+        }
+        if (made && group) {
+            if (chown(next.c_str(), static_cast<uid_t>(-1), *group) != 0 ||
+                chmod(next.c_str(), 0710) != 0) {
+                return std::unexpected(Error::from_errno(errno, "give " + next + " to its group"));
+            }
+        } else {
+            STELLARIUM_TRY(check_component(next, status, todo.empty(), group));
+        }
+        at = next;
+    }
+    return {};
+}
+
+}  // namespace
+
+Result<void> make_private_directory(const std::string& path, std::optional<gid_t> group) {
+    return walk(path, group, /*make=*/true);
+}
+
+Result<void> check_private_directory(const std::string& path, std::optional<gid_t> group) {
+    return walk(path, group, /*make=*/false);
 }
 
 std::optional<DaemonRecord> read_daemon_record(io::FileSystem& files,

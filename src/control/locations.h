@@ -20,6 +20,8 @@
 #include <string>
 #include <vector>
 
+#include <sys/types.h>
+
 #include "base/error.h"
 #include "io/io.h"
 
@@ -34,11 +36,24 @@ Result<std::string> default_store_directory();
 /// The path without symbolic links, or made absolute when (part of) it does not exist.
 std::string real_path(const std::string& path);
 
+/// The path made absolute, without "." and "..", with the symbolic links that are in it.
+std::string absolute_path(const std::string& path);
+
 std::string default_runtime_directory(const std::string& store_directory);
 
-/// Makes the directory and its parents, mode 0700. kPermissionDenied when it belongs to somebody
-/// else or others may write to it: they could put their own sockets there.
-Result<void> make_private_directory(const std::string& path);
+/// mkdir -p with mode 0700.
+Result<void> make_directories(const std::string& path);
+
+/// Makes the directory and its parents where they are missing: mode 0700, or 0710 for `group`. What
+/// is there already is never changed. kPermissionDenied when it belongs to somebody else, others
+/// may write to it, `group` cannot enter it, or somebody other than root and us could have put it
+/// there (an owner or a writable directory on the way, a symbolic link of somebody else): they
+/// could put their own sockets in place of ours. kInvalidArgument for directories of the system.
+Result<void> make_private_directory(const std::string& path,
+                                    std::optional<gid_t> group = std::nullopt);
+/// The same without making anything: whether it could be made.
+Result<void> check_private_directory(const std::string& path,
+                                     std::optional<gid_t> group = std::nullopt);
 
 struct DaemonRecord {
     int64_t pid = 0;

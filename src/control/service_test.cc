@@ -7,6 +7,8 @@
 #include <sstream>
 
 #include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "control/client.h"
 #include "control/locations.h"
@@ -548,6 +550,82 @@ TEST(Locations, ARecordComesBackAndNonsenseIsNone) {
     const auto file = must(files.open("/store/daemon.json", io::OpenMode::kCreate));
     must(io::write_all(*file, bytes_of(std::string_view("{\"pid\":")), 0));
     EXPECT_FALSE(read_daemon_record(files, "/store"));
+}
+
+/// A folder that goes with its contents.
+class LocationsTest : public ::testing::Test {
+  protected:
+    void SetUp() override {
+        std::string pattern = "/tmp/stl-loc-XXXXXX";
+        ASSERT_NE(mkdtemp(pattern.data()), nullptr);
+        base_ = pattern;
+    }
+    void TearDown() override { std::filesystem::remove_all(base_); }
+    static mode_t mode_of(const std::string& path) {
+        struct stat status{};
+        EXPECT_EQ(stat(path.c_str(), &status), 0) << path;
+        return status.st_mode & 07777;
+    }
+    static ErrorCode refusal(const std::string& path, std::optional<gid_t> group = std::nullopt) {
+        const Result<void> checked = check_private_directory(path, group);
+        const Result<void> made = make_private_directory(path, group);
+        EXPECT_FALSE(checked.has_value()) << path;
+        EXPECT_FALSE(made.has_value()) << path;
+        EXPECT_EQ(checked ? ErrorCode::kIo : checked.error().code(),
+                  made ? ErrorCode::kIo : made.error().code());
+        return made ? ErrorCode::kIo : made.error().code();
+    }
+    std::string base_;
+};
+
+TEST_F(LocationsTest, PrivateDirectoriesAreMadeAndWhatIsThereIsLeftAlone) {
+    must(check_private_directory(base_ + "/a/b"));
+    EXPECT_FALSE(std::filesystem::exists(base_ + "/a"));
+    must(make_private_directory(base_ + "/a/b"));
+    EXPECT_EQ(mode_of(base_ + "/a"), 0700U);
+    EXPECT_EQ(mode_of(base_ + "/a/b"), 0700U);
+    must(make_private_directory(base_ + "/g/b", getegid()));
+    EXPECT_EQ(mode_of(base_ + "/g"), 0710U);
+    EXPECT_EQ(mode_of(base_ + "/g/b"), 0710U);
+    must(make_private_directory(base_ + "/g/b", getegid()));
+    // Its mode is not for us to change.
+    EXPECT_EQ(refusal(base_ + "/a/b", getegid()), ErrorCode::kPermissionDenied);
+    EXPECT_EQ(mode_of(base_ + "/a/b"), 0700U);
+    ASSERT_EQ(chmod((base_ + "/a/b").c_str(), 0755), 0);
+    must(make_private_directory(base_ + "/a/b"));
+    EXPECT_EQ(mode_of(base_ + "/a/b"), 0755U);
+    for (const char* of_the_system : {"/", "/tmp", "/run/", "/usr/../etc"}) {
+        const mode_t before = mode_of(of_the_system);
+        EXPECT_EQ(refusal(of_the_system), ErrorCode::kInvalidArgument) << of_the_system;
+        EXPECT_EQ(mode_of(of_the_system), before);
+    }
+}
+
+TEST_F(LocationsTest, DirectoriesThatOthersCouldReplaceAreRefused) {
+    // Another user may have made it: anyone may write to it.
+    ASSERT_EQ(mkdir((base_ + "/open").c_str(), 0777), 0);
+    ASSERT_EQ(chmod((base_ + "/open").c_str(), 0777), 0);
+    EXPECT_EQ(refusal(base_ + "/open"), ErrorCode::kPermissionDenied);
+    EXPECT_EQ(refusal(base_ + "/open/tag"), ErrorCode::kPermissionDenied);
+    EXPECT_EQ(refusal(base_ + "/open/tag/vhost"), ErrorCode::kPermissionDenied);
+    EXPECT_FALSE(std::filesystem::exists(base_ + "/open/tag"));
+    // Through a link of ours the same, and what is sticky is safe, like /tmp.
+    std::filesystem::create_symlink("open", base_ + "/link");
+    EXPECT_EQ(refusal(base_ + "/link/tag"), ErrorCode::kPermissionDenied);
+    std::filesystem::create_symlink("nobody/../loop", base_ + "/loop");
+    must(make_directories(base_ + "/nobody"));
+    EXPECT_EQ(refusal(base_ + "/loop/tag"), ErrorCode::kPermissionDenied);
+    ASSERT_EQ(chmod((base_ + "/open").c_str(), 01777), 0);
+    must(make_private_directory(base_ + "/link/tag"));
+    EXPECT_EQ(mode_of(base_ + "/open/tag"), 0700U);
+    std::ofstream(base_ + "/file").close();
+    EXPECT_EQ(refusal(base_ + "/file"), ErrorCode::kInvalidArgument);
+    if (geteuid() == 0) {
+        ASSERT_EQ(chown((base_ + "/nobody").c_str(), 65534, 65534), 0);
+        EXPECT_EQ(refusal(base_ + "/nobody/tag"), ErrorCode::kPermissionDenied);
+        ASSERT_EQ(lchown((base_ + "/link").c_str(), 65534, 65534), 0);
+        EXPECT_EQ(refusal(base_ + "/link/tag"), ErrorCode::kPermissionDenied);
+    }
 }
 
 TEST(Locations, APathMeansTheSameHoweverItIsWritten) {

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <limits>
+#include <vector>
 
 #include <boost/asio/buffer.hpp>
 #include <boost/asio/io_context.hpp>
@@ -57,7 +58,31 @@ struct Connection {
     beast::flat_buffer buffer{size_t{2} << 20};
 };
 
-Result<std::unique_ptr<Connection>> open_connection(const std::string& path) {
+Result<void> check_peer(Connection& connection, const std::string& path,
+                        std::span<const uid_t> trusted_users) {
+    if (trusted_users.empty()) {
+        return {};
+    }
+    ucred peer{};
+    socklen_t length = sizeof peer;
+    if (getsockopt(connection.socket.native_handle(), SOL_SOCKET, SO_PEERCRED, &peer, &length) !=
+        0) {
+        return std::unexpected(
+            Error::from_errno(errno, "ask who listens at control socket " + path));
+    }
+    if (std::ranges::find(trusted_users, peer.uid) == trusted_users.end()) {
+        return fail(ErrorCode::kPermissionDenied,
+                    fmt::format("control socket {}: user {} listens there, who does not own the "
+                                "store; name the socket with --socket if that is right",
+                                path, peer.uid));
+    }
+    return {};
+}
+
+/// Only somebody of `trusted_users`, unless it is empty, may be at the other end. Asked of each
+/// connection: the socket's file can be replaced between two of them.
+Result<std::unique_ptr<Connection>> open_connection(const std::string& path,
+                                                    std::span<const uid_t> trusted_users) {
     auto connection = std::make_unique<Connection>();
     boost::system::error_code code;
     const std::string what = fmt::format("control socket {}", path);
@@ -67,6 +92,7 @@ Result<std::unique_ptr<Connection>> open_connection(const std::string& path) {
     }
     code = connection->socket.connect(asio::local::stream_protocol::endpoint(path), code);
     if (!code) {
+        STELLARIUM_TRY(check_peer(*connection, path, trusted_users));
         return connection;
     }
     if (code.value() == ENOENT || code.value() == ECONNREFUSED || code.value() == ENOTSOCK) {
@@ -111,11 +137,13 @@ class BodySource final : public ByteSource {
 
 class UnixClient final : public ControlClient {
   public:
-    explicit UnixClient(std::string path) : path_(std::move(path)) {}
+    UnixClient(std::string path, std::span<const uid_t> trusted_users)
+        : path_(std::move(path)), trusted_users_(trusted_users.begin(), trusted_users.end()) {}
 
   protected:
     Result<Response> exchange(const Request& request) override {
-        STELLARIUM_ASSIGN(std::unique_ptr<Connection> connection, open_connection(path_));
+        STELLARIUM_ASSIGN(std::unique_ptr<Connection> connection,
+                          open_connection(path_, trusted_users_));
         if (request.upload != nullptr) {
             return exchange_upload(*connection, request);
         }
@@ -226,6 +254,7 @@ class UnixClient final : public ControlClient {
     }
 
     std::string path_;
+    std::vector<uid_t> trusted_users_;
 };
 
 }  // namespace
@@ -233,23 +262,8 @@ class UnixClient final : public ControlClient {
 Result<std::unique_ptr<ControlClient>> connect_unix(const std::string& socket_path,
                                                     std::span<const uid_t> trusted_users) {
     // Proves that somebody listens; the connection itself is not kept.
-    STELLARIUM_ASSIGN(const std::unique_ptr<Connection> probe, open_connection(socket_path));
-    if (!trusted_users.empty()) {
-        ucred peer{};
-        socklen_t length = sizeof peer;
-        if (getsockopt(probe->socket.native_handle(), SOL_SOCKET, SO_PEERCRED, &peer, &length) !=
-            0) {
-            return std::unexpected(
-                Error::from_errno(errno, "ask who listens at control socket " + socket_path));
-        }
-        if (std::ranges::find(trusted_users, peer.uid) == trusted_users.end()) {
-            return fail(ErrorCode::kPermissionDenied,
-                        fmt::format("control socket {}: user {} listens there, who does not own "
-                                    "the store; name the socket with --socket if that is right",
-                                    socket_path, peer.uid));
-        }
-    }
-    return std::make_unique<UnixClient>(socket_path);
+    STELLARIUM_TRY(open_connection(socket_path, trusted_users));
+    return std::make_unique<UnixClient>(socket_path, trusted_users);
 }
 
 }  // namespace stellarium::control

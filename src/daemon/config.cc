@@ -88,7 +88,8 @@ std::vector<std::string> finish_config(DaemonConfig& config) {
     if (config.runtime_directory.empty()) {
         config.runtime_directory = control::default_runtime_directory(config.store);
     }
-    config.runtime_directory = control::real_path(config.runtime_directory);
+    // With its symbolic links: whose they are is checked.
+    config.runtime_directory = control::absolute_path(config.runtime_directory);
     if (config.socket.empty()) {
         config.socket = config.runtime_directory + "/control.sock";
     }
@@ -119,6 +120,11 @@ std::vector<std::string> finish_config(DaemonConfig& config) {
         } else {
             config.socket_gid = found->gr_gid;
         }
+    }
+    if (const auto usable =
+            control::check_private_directory(config.runtime_directory, config.socket_gid);
+        !usable) {
+        complaints.push_back("'runtime_dir' cannot be used: " + usable.error().message());
     }
     return complaints;
 }

@@ -7,7 +7,6 @@
 
 #include <fmt/format.h>
 #include <sys/resource.h>
-#include <sys/stat.h>
 #include <systemd/sd-daemon.h>
 #include <unistd.h>
 
@@ -68,17 +67,6 @@ void wait_for_stop(Log& log) {
     }
 }
 
-Result<void> make_runtime_directory(const DaemonConfig& config) {
-    STELLARIUM_TRY(control::make_private_directory(config.runtime_directory));
-    if (config.socket_gid &&
-        (chown(config.runtime_directory.c_str(), static_cast<uid_t>(-1), *config.socket_gid) != 0 ||
-         chmod(config.runtime_directory.c_str(), 0710) != 0)) {
-        return std::unexpected(
-            Error::from_errno(errno, "give " + config.runtime_directory + " to its group"));
-    }
-    return {};
-}
-
 void set_status(const std::string& status) {
     sd_notify(0, ("STATUS=" + status).c_str());
 }
@@ -137,7 +125,7 @@ Result<void> run_daemon(const DaemonConfig& config, const std::string& version, 
     raise_descriptor_limit();
 
     const io::Env env = io::real_env();
-    STELLARIUM_TRY(make_runtime_directory(config));
+    STELLARIUM_TRY(control::make_private_directory(config.runtime_directory, config.socket_gid));
     set_status("opening " + config.store);
     log.info("starting", {{"version", version},
                           {"pid", std::to_string(getpid())},

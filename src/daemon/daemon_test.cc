@@ -88,6 +88,12 @@ TEST(Config, ReportsEveryFault) {
     config.runtime_directory = "/run/" + std::string(100, 'x');
     config.socket_group = "no-such-group-here";
     EXPECT_EQ(finish_config(config).size(), 3U);
+    for (const char* of_the_system : {"/", "/usr/../etc"}) {
+        config = {};
+        config.store = "/srv/a";
+        config.runtime_directory = of_the_system;
+        EXPECT_EQ(finish_config(config).size(), 1U) << of_the_system;
+    }
     EXPECT_FALSE(apply_settings(json("[]"), config).empty());
 }
 
@@ -171,6 +177,30 @@ TEST_F(HttpTest, TheSocketIsPrivateAndGoesWithTheServer) {
     const auto gone = control::connect_unix(socket_);
     ASSERT_FALSE(gone);
     EXPECT_EQ(gone.error().code(), ErrorCode::kUnavailable);
+}
+
+TEST_F(HttpTest, EveryConnectionIsAskedWhoIsThere) {
+    const std::array<uid_t, 1> trusted = {geteuid()};
+    const auto client = must(control::connect_unix(socket_, trusted));
+    must(client->call("GET", "/v1/images"));
+    const std::array<uid_t, 1> other = {geteuid() + 1};
+    const auto refused = control::connect_unix(socket_, other);
+    ASSERT_FALSE(refused);
+    EXPECT_EQ(refused.error().code(), ErrorCode::kPermissionDenied);
+    if (geteuid() != 0) {
+        return;
+    }
+    // Somebody else takes the place of the server; a socket tells who made it listen.
+    server_->stop();
+    ASSERT_EQ(chmod(folder_.path().c_str(), 0777), 0);
+    ASSERT_EQ(seteuid(65534), 0);
+    HttpServer impostor({});
+    const auto listening = impostor.listen_unix(socket_, {}, service_);
+    ASSERT_EQ(seteuid(0), 0);
+    must(listening);
+    const auto answer = client->call("GET", "/v1/images");
+    ASSERT_FALSE(answer);
+    EXPECT_EQ(answer.error().code(), ErrorCode::kPermissionDenied) << answer.error().message();
 }
 
 TEST_F(HttpTest, ContentGoesInAndComesOut) {

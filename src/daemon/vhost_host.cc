@@ -37,12 +37,7 @@ VhostHost::~VhostHost() {
 
 Result<void> VhostHost::start() {
     const std::string directory = options_.runtime_directory + "/vhost";
-    STELLARIUM_TRY(control::make_private_directory(directory));
-    if (options_.socket_gid &&
-        (chown(directory.c_str(), static_cast<uid_t>(-1), *options_.socket_gid) != 0 ||
-         chmod(directory.c_str(), 0710) != 0)) {
-        return std::unexpected(Error::from_errno(errno, "give " + directory + " to its group"));
-    }
+    STELLARIUM_TRY(control::make_private_directory(directory, options_.socket_gid));
     vhost::ServerOptions server_options;
     server_options.data_threads = options_.data_threads;
     server_options.logger = [this](vhost::LogLevel level, std::string_view device,
