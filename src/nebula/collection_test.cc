@@ -1,11 +1,14 @@
 // Garbage collection at the level of the store: what is kept, what goes, and what readers see.
 #include "nebula/collection.h"
 
+#include <cstdlib>
+#include <filesystem>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
 #include "io/simulated.h"
 #include "nebula/store.h"
@@ -489,6 +492,92 @@ TEST_F(CollectionTest, ACancelledSweepIsFinishedByTheNextOne) {
     EXPECT_EQ(store_->stats().segments, 1U);
     EXPECT_EQ(store_->stats().chunks, 1U);
     EXPECT_EQ(read_chunk(*store_, chunks.back().id).value(), chunks.back().bytes);
+}
+
+TEST_F(CollectionTest, AFileSystemWithoutHolesGivesBackWholeSegmentsOnly) {
+    std::vector<Blob> chunks;
+    for (uint64_t i = 0; store_->stats().segments < 4; ++i) {
+        chunks.push_back(make_chunk(i, 8));
+        append_chunk(*store_, chunks.back());
+    }
+    machine_.files().inject({.kind = io::OperationKind::kPunchHole,
+                             .path_part = "",
+                             .for_ever = true,
+                             .errno_value = EOPNOTSUPP});
+    // All of the first segment dies, and half of each other.
+    std::vector<const Blob*> kept;
+    for (size_t i = 0; i < chunks.size(); i += 2) {
+        if (store_->resolve(chunks[i].id)->address.segment() > 1) {
+            kept.push_back(&chunks[i]);
+        }
+    }
+    const uint64_t before = bytes_on_disk();
+    EXPECT_EQ(keep_only(kept).segments_freed, 1U);
+    EXPECT_LT(bytes_on_disk(), before);
+    EXPECT_EQ(bytes_on_disk(), store_->stats().stored_bytes);
+    EXPECT_EQ(store_->warnings().size(), 1U);
+    keep_only(kept);
+    EXPECT_EQ(store_->warnings().size(), 1U) << "said once";
+    EXPECT_EQ(read_chunk(*store_, kept.front()->id).value(), kept.front()->bytes);
+}
+
+/// Blocks that a directory's files take, in bytes.
+uint64_t disk_usage(const std::string& directory) {
+    uint64_t bytes = 0;
+    for (const auto& entry : std::filesystem::recursive_directory_iterator(directory)) {
+        struct stat info{};
+        EXPECT_EQ(::lstat(entry.path().c_str(), &info), 0);
+        bytes += entry.is_regular_file() ? static_cast<uint64_t>(info.st_blocks) * 512 : 0;
+    }
+    return bytes;
+}
+
+TEST(CollectionOnDisk, DuConfirmsWhatTheStoreSays) {
+    std::string directory = ::testing::TempDir() + "stellarium-collection-XXXXXX";
+    ASSERT_NE(::mkdtemp(directory.data()), nullptr);
+    {
+        const StoreOptions options{.segment_bytes = uint64_t{1} << 20};
+        auto opened = open_store(io::real_env(), directory + "/pool", options);
+        ASSERT_OK(opened);
+        Store& store = *opened->store;
+        std::vector<Blob> chunks;
+        for (uint64_t i = 0; i < 400; ++i) {
+            chunks.push_back(make_chunk(i, static_cast<uint32_t>(1 + i % 16)));
+            WriteBatch batch;
+            batch.add_chunk(chunks.back().id, chunks.back().bytes);
+            ASSERT_OK(store.append(batch));
+        }
+        const auto segment_bytes = [&] { return disk_usage(directory + "/pool/segments"); };
+        const auto collect_all_but = [&](size_t every) {
+            const auto collection = store.begin_collection();
+            ASSERT_OK(collection);
+            ASSERT_OK(store.checkpoint(store.sequence(), {}));
+            ASSERT_OK((*collection)->fix_position());
+            for (size_t i = 0; i < chunks.size(); i += every) {
+                ASSERT_OK((*collection)->mark_pages(chunks[i].id, {}, 1));
+            }
+            ASSERT_OK((*collection)->sweep({}));
+        };
+        // Some file systems need a block for the list of a file's holes.
+        const auto check_usage = [&] {
+            EXPECT_GE(segment_bytes(), store.stats().stored_bytes);
+            EXPECT_LE(segment_bytes(),
+                      store.stats().stored_bytes + store.stats().segments * kPageBytes);
+        };
+        const uint64_t before = segment_bytes();
+        check_usage();
+        collect_all_but(2);
+        check_usage();
+        EXPECT_LT(segment_bytes(), before * 60 / 100);
+        collect_all_but(60);
+        check_usage();
+        EXPECT_LT(segment_bytes(), before * 5 / 100);
+        for (size_t i = 0; i < chunks.size(); i += 60) {
+            EXPECT_EQ(read_chunk(store, chunks[i].id).value(), chunks[i].bytes);
+        }
+        ASSERT_OK(store.close());
+    }
+    std::filesystem::remove_all(directory);
 }
 
 }  // namespace

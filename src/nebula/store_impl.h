@@ -260,7 +260,8 @@ class StoreImpl final : public Store {
     Result<bool> free_unrecorded(uint64_t& segments_freed, uint64_t& freed_bytes);
     Result<uint32_t> file_pages(Segment& segment);
     Result<void> unlink_segment(Segment& segment);
-    Result<void> punch_segment(Segment& segment);
+    /// False: this file system cannot.
+    Result<bool> punch_segment(Segment& segment);
     /// Reads the pages that these entries share, from the disk, and checks each.
     Result<void> scrub_unit(Segment& segment, std::span<const Entry> entries, ScrubStep& step,
                             const std::function<void(const DamagedChunk&)>& report);
@@ -294,6 +295,7 @@ class StoreImpl final : public Store {
     bool condemning_ = false;     ///< Until it is recorded.
     uint32_t last_dead_map_ = 0;  ///< The highest number tried.
     uint64_t recorded_damage_version_ = 0;
+    std::atomic<bool> holes_unsupported_ = false;
     std::vector<uint32_t> whole_dead_files_;  ///< Segments to be unlinked that were never opened.
 
     std::mutex append_mutex_;  ///< Layout and write of batches: one at a time, in sequence order.

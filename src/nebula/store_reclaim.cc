@@ -236,24 +236,34 @@ Result<void> StoreImpl::unlink_segment(Segment& segment) {
 }
 
 /// A punched hole is durable before the superblock says so.
-Result<void> StoreImpl::punch_segment(Segment& segment) {
+Result<bool> StoreImpl::punch_segment(Segment& segment) {
     const std::vector<PageRun>& recorded = segment.reclaim.recorded;
     STELLARIUM_ASSIGN(const auto file,
                       files_.open(segments_->path(segment.number()), io::OpenMode::kReadWrite));
     for (const PageRun& run : recorded) {
         const auto done =
             std::ranges::lower_bound(segment.reclaim.punched, run.page, {}, &PageRun::page);
-        if (done == segment.reclaim.punched.end() || *done != run) {
-            STELLARIUM_TRY(file->punch_hole(uint64_t{run.page} * kPageBytes,
-                                            uint64_t{run.pages} * kPageBytes));
+        if (done != segment.reclaim.punched.end() && *done == run) {
+            continue;
         }
+        auto punched =
+            file->punch_hole(uint64_t{run.page} * kPageBytes, uint64_t{run.pages} * kPageBytes);
+        if (!punched && punched.error().code() == ErrorCode::kUnsupported) {
+            if (!holes_unsupported_.exchange(true)) {
+                warn(fmt::format("{}; space comes back only where a whole segment is dead",
+                                 punched.error().message()));
+            }
+            segment.reclaim.punched = recorded;
+            return false;
+        }
+        STELLARIUM_TRY(std::move(punched));
     }
     if (auto synced = file->datasync(); !synced) {
         poison(synced.error(), "a sync of the log");
-        return synced;
+        return std::unexpected(std::move(synced).error());
     }
     segment.reclaim.punched = recorded;
-    return {};
+    return true;
 }
 
 /// On a full disk there may be no room for a map. Segments that are dead as a whole can go without
@@ -307,7 +317,10 @@ Result<void> StoreImpl::free_recorded(const std::function<Result<void>(uint64_t 
                 unlinked = true;
                 ++segments_freed;
             } else if (reclaim.recorded != reclaim.punched) {
-                STELLARIUM_TRY(punch_segment(*segment));
+                STELLARIUM_ASSIGN(const bool punched, punch_segment(*segment));
+                if (!punched) {
+                    continue;
+                }
             } else {
                 continue;
             }

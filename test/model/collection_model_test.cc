@@ -90,7 +90,8 @@ class World {
     void write(Sequence& random) {
         WriteBatch batch;
         std::vector<size_t> numbers;
-        for (uint64_t i = 1 + random.below(4); i > 0; --i) {
+        // Large ones are looked up long enough for something to be condemned meanwhile.
+        for (uint64_t i = random.one_in(8) ? 60 : 1 + random.below(4); i > 0; --i) {
             numbers.push_back(random.below(kBlobs));
             const Blob& blob = blobs_[numbers.back()];
             if (numbers.back() < kFirstObject) {
@@ -126,7 +127,7 @@ class World {
             const std::lock_guard gate(gate_);
             EXPECT_OK(store_->append(record));
             for (const size_t number : numbers) {
-                for (size_t i = number; i < std::min(number + 12, kBlobs); ++i) {
+                for (size_t i = number; i < std::min(number + 20, kBlobs); ++i) {
                     needed_[i] = false;
                 }
             }
