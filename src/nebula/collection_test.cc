@@ -11,6 +11,7 @@
 #include <sys/stat.h>
 
 #include "io/simulated.h"
+#include "nebula/dump.h"
 #include "nebula/store.h"
 #include "nebula/test_support.h"
 
@@ -419,6 +420,45 @@ TEST_F(CollectionTest, FootersAndIndexThatAreLostComeBackWithoutTheDead) {
         }
     }
     EXPECT_EQ(store_->stats().index_misses_recovered, 0U);
+}
+
+TEST_F(CollectionTest, DumpsKnowWhatWasFreed) {
+    std::vector<Blob> chunks;
+    for (uint64_t i = 0; store_->stats().segments < 3; ++i) {
+        chunks.push_back(make_chunk(i, 8));
+        WriteBatch batch;
+        batch.add_chunk(chunks.back().id, chunks.back().bytes);
+        for (uint64_t k = 0; k < 20; ++k) {
+            const Blob object = make_blob(1000 + 20 * i + k, 500);
+            batch.add_object(object.id, object.bytes);
+        }
+        ASSERT_OK(store_->append(batch));
+    }
+    const Blob kept_object = make_blob(1021, 500);
+    keep_only({&chunks[0], &chunks[2]}, {&kept_object}, {.move_below = 0});
+    const auto dump = [&](const std::string& path) {
+        std::string text;
+        const auto damages = dump_file(machine_.env(), path, [&text](std::string_view line) {
+            text.append(line).append("\n");
+        });
+        EXPECT_OK(damages);
+        EXPECT_EQ(damages.value_or(0), 0U) << path << "\n" << text;
+        return text;
+    };
+    EXPECT_NE(dump("/pool/segments/0000001.seg").find("freed by garbage collection"),
+              std::string::npos);
+    EXPECT_NE(dump("/pool/segments/0000001.seg").find(chunks[1].id.hex() + ", 32768 bytes, freed"),
+              std::string::npos);
+    EXPECT_NE(dump("/pool/superblock").find("dead-1.map names what is dead"), std::string::npos);
+    const std::string map = dump("/pool/dead-1.map");
+    EXPECT_NE(map.find("segment 1"), std::string::npos) << map;
+    EXPECT_NE(map.find("object of a pack, dead"), std::string::npos) << map;
+    machine_.files().damage("/pool/dead-1.map", 200, 1, 1);
+    std::string text;
+    EXPECT_EQ(dump_file(machine_.env(), "/pool/dead-1.map",
+                        [&text](std::string_view line) { text.append(line); })
+                  .value(),
+              1U);
 }
 
 TEST_F(CollectionTest, WithoutItsDeadMapAStoreIsReadOnly) {

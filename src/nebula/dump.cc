@@ -9,6 +9,7 @@
 #include <fmt/format.h>
 
 #include "base/units.h"
+#include "nebula/dead_map.h"
 #include "nebula/format.h"
 #include "nebula/index.h"
 #include "nebula/segment.h"
@@ -113,6 +114,11 @@ Result<void> dump_superblock(io::File& file, uint64_t size, Report& report) {
             report.say("  index-{}.ckpt has the segments below {}", slot->index_generation.get(),
                        slot->index_segment.get());
         }
+        if (slot->dead_map_generation != 0) {
+            report.say("  {} names what is dead; {}", dead_map_file_name(slot->dead_map_generation),
+                       slot->dead_map_freed != 0 ? "all of it was given back"
+                                                 : "some of it may still take room");
+        }
         report.say(
             "  {} chunks and objects of {} in all; {} stored, {} ever appended, {} were "
             "duplicates",
@@ -152,10 +158,11 @@ Result<std::optional<Identity>> identify_by_batches(io::File& file, uint64_t pag
 
 class SegmentDump {
   public:
-    SegmentDump(io::File& file, const Identity& identity, uint64_t size, const DumpOptions& options,
-                Report& report)
+    SegmentDump(io::File& file, const Identity& identity, uint64_t size, std::vector<PageRun> dead,
+                const DumpOptions& options, Report& report)
         : file_(file),
           id_(identity),
+          dead_(std::move(dead)),
           size_(size),
           end_page_(static_cast<uint32_t>(std::min<uint64_t>(size / kPageBytes, kSegmentPages))),
           options_(options),
@@ -171,6 +178,7 @@ class SegmentDump {
 
     io::File& file_;
     const Identity id_;
+    const std::vector<PageRun> dead_;
     const uint64_t size_;
     const uint32_t end_page_;
     const DumpOptions& options_;
@@ -182,9 +190,10 @@ void SegmentDump::dump_entry(const Entry& entry, const ScannedBatch& batch) {
     const bool damaged = std::ranges::any_of(batch.damage, [&](const std::string& sentence) {
         return sentence.find(entry.id.hex()) != std::string::npos;
     });
+    const bool is_dead = skip_dead(dead_, entry.page) != entry.page;
+    const char* state = is_dead ? ", freed" : damaged ? ", DAMAGED" : "";
     report_.say("  page {} offset {}: {} {}, {} bytes{}", entry.page.get(), entry.offset.get(),
-                to_string(entry.entry_kind()), entry.id.hex(), entry.length.get(),
-                damaged ? ", DAMAGED" : "");
+                to_string(entry.entry_kind()), entry.id.hex(), entry.length.get(), state);
 }
 
 Result<void> SegmentDump::dump_batch(uint32_t page, const ScannedBatch& batch) {
@@ -232,7 +241,8 @@ Result<uint32_t> SegmentDump::dump_footer() {
     }
     report_.say("page {}: footer with {} entries, batches {} to {}", first, footer->entries.size(),
                 trailer->first_sequence.get(), trailer->last_sequence.get());
-    if (footer->entries.size() != entries_) {
+    // Batches that are gone as a whole, and packs that are, show their entries in the footer only.
+    if (dead_.empty() ? footer->entries.size() != entries_ : footer->entries.size() < entries_) {
         report_.damage("  ", fmt::format("the batches have {} entries", entries_));
     }
     return first;
@@ -254,7 +264,12 @@ Result<void> SegmentDump::run() {
     }
     const DataCheck check = options_.check_data ? DataCheck::kHashes : DataCheck::kNone;
     for (uint32_t page = 1; page < batches_end;) {
-        auto batch = read_batch(file_, id_.store_id, id_.segment, page, check);
+        if (const uint32_t alive = skip_dead(dead_, page); alive != page) {
+            report_.say("pages {} to {}: freed by garbage collection", page, alive - 1);
+            page = alive;
+            continue;
+        }
+        auto batch = read_batch(file_, id_.store_id, id_.segment, page, check, dead_);
         if (batch) {
             STELLARIUM_TRY(dump_batch(page, *batch));
             page = batch->end_page;
@@ -276,8 +291,55 @@ Result<void> SegmentDump::run() {
     return {};
 }
 
-Result<void> dump_segment(io::File& file, uint64_t size, const DumpOptions& options,
-                          std::optional<uint32_t> number_by_name, Report& report) {
+/// What the store around a segment file knows to be dead of it; nothing when there is none.
+std::vector<PageRun> dead_runs_around(const io::Env& env, const std::string& path,
+                                      const Identity& identity) {
+    // Above the directory that holds it.
+    std::string store = path.substr(0, path.rfind('/') + 1) + "../";
+    if (const size_t place = path.rfind("segments/"); place != std::string::npos) {
+        store = path.substr(0, place);
+    }
+    const auto superblock = env.files->open(store + "superblock", io::OpenMode::kReadOnly);
+    if (!superblock) {
+        return {};
+    }
+    std::optional<SuperblockSlot> newest;
+    for (size_t i = 0; i < kSuperblockSlots; ++i) {
+        const auto page = read_page(**superblock, i);
+        const auto slot = page ? decode_superblock_slot(*page) : std::unexpected(page.error());
+        if (slot && slot->store_id == identity.store_id &&
+            (!newest || slot->generation > newest->generation)) {
+            newest = *slot;
+        }
+    }
+    if (!newest || newest->dead_map_generation == 0) {
+        return {};
+    }
+    const auto file = env.files->open(store + dead_map_file_name(newest->dead_map_generation),
+                                      io::OpenMode::kReadOnly);
+    const auto size = file ? (*file)->size_bytes() : Result<uint64_t>(0);
+    if (!file || !size) {
+        return {};
+    }
+    std::vector<std::byte> bytes(*size);
+    if (!io::read_exact(**file, bytes, 0)) {
+        return {};
+    }
+    auto map = decode_dead_map(bytes, identity.store_id, newest->dead_map_generation);
+    if (!map) {
+        return {};
+    }
+    const auto found = map->segments.find(identity.segment);
+    if (found == map->segments.end()) {
+        return {};
+    }
+    return found->second.whole ? std::vector<PageRun>{{.page = 1, .pages = kSegmentPages - 1}}
+                               : std::move(found->second.runs);
+}
+
+Result<void> dump_segment(const io::Env& env, io::File& file, uint64_t size,
+                          const DumpOptions& options, std::optional<uint32_t> number_by_name,
+                          Report& report) {
     Identity identity{.store_id = {}, .segment = number_by_name.value_or(0)};
     STELLARIUM_ASSIGN(const auto page, read_page(file, 0));
     const auto header = load<SegmentHeader>(page);
@@ -306,7 +368,44 @@ Result<void> dump_segment(io::File& file, uint64_t size, const DumpOptions& opti
         report.say("by its batches segment {} of store {}", identity.segment,
                    to_hex(identity.store_id));
     }
-    return SegmentDump(file, identity, size, options, report).run();
+    std::vector<PageRun> dead = dead_runs_around(env, file.path(), identity);
+    return SegmentDump(file, identity, size, std::move(dead), options, report).run();
+}
+
+// ---- Dead map ---------------------------------------------------------------------------------
+
+Result<void> dump_dead_map(io::File& file, uint64_t size, Report& report) {
+    report.say("dead map, {} bytes", size);
+    std::vector<std::byte> bytes(size);
+    STELLARIUM_TRY(io::read_exact(file, bytes, 0));
+    if (size < sizeof(DeadMapHeader)) {
+        report.damage("",
+                      fmt::format("shorter than its header of {} bytes", sizeof(DeadMapHeader)));
+        return {};
+    }
+    const auto header = load<DeadMapHeader>(bytes);
+    report.say("number {} of store {}; {}", header.generation.get(), to_hex(header.store_id),
+               versions(header.read_version, header.write_version, header.features_refuse,
+                        header.features_read_only, header.features_ignore));
+    const auto map = decode_dead_map(bytes, header.store_id, header.generation);
+    if (!map) {
+        report.damage("", map.error().message());
+        return {};
+    }
+    const auto say_places = [&](const std::vector<EntryPlace>& places, std::string_view what) {
+        for (const EntryPlace place : places) {
+            report.say("  page {} offset {}: {}", place >> 16, place & 0xFFFF, what);
+        }
+    };
+    for (const auto& [number, segment] : map->segments) {
+        report.say("segment {}{}", number, segment.whole ? ": the whole of it" : "");
+        for (const PageRun& run : segment.runs) {
+            report.say("  pages {} to {}: freed", run.page, run.end() - 1);
+        }
+        say_places(segment.members, "object of a pack, dead");
+        say_places(segment.damaged, "DAMAGED");
+    }
+    return {};
 }
 
 // ---- Index ------------------------------------------------------------------------------------
@@ -342,7 +441,7 @@ Result<void> dump_index(io::File& file, uint64_t size, Report& report) {
     return {};
 }
 
-enum class FileKind : uint8_t { kUnknown, kSuperblock, kSegment, kIndex, kLock };
+enum class FileKind : uint8_t { kUnknown, kSuperblock, kSegment, kIndex, kDeadMap, kLock };
 
 /// By content where a magic number is whole, else by name: a damaged file still has its name.
 FileKind kind_of(Bytes first_page, std::string_view name) {
@@ -359,6 +458,9 @@ FileKind kind_of(Bytes first_page, std::string_view name) {
     if (starts_with(bytes_of(IndexCheckpointHeader::kMagic))) {
         return FileKind::kIndex;
     }
+    if (starts_with(bytes_of(U64Le(kDeadMapMagic)))) {
+        return FileKind::kDeadMap;
+    }
     if (name.starts_with("superblock")) {
         return FileKind::kSuperblock;
     }
@@ -367,6 +469,9 @@ FileKind kind_of(Bytes first_page, std::string_view name) {
     }
     if (name.starts_with("index-") && name.ends_with(".ckpt")) {
         return FileKind::kIndex;
+    }
+    if (name.starts_with("dead-") && name.ends_with(".map")) {
+        return FileKind::kDeadMap;
     }
     return name == "lock" ? FileKind::kLock : FileKind::kUnknown;
 }
@@ -392,19 +497,23 @@ Result<uint64_t> dump_file(const io::Env& env, const std::string& path, const Pr
                 break;
             }
             STELLARIUM_TRY(
-                dump_segment(*file, size, options, parse_segment_file_name(name), report));
+                dump_segment(env, *file, size, options, parse_segment_file_name(name), report));
             break;
         case FileKind::kIndex:
             STELLARIUM_TRY(dump_index(*file, size, report));
+            break;
+        case FileKind::kDeadMap:
+            STELLARIUM_TRY(dump_dead_map(*file, size, report));
             break;
         case FileKind::kLock:
             report.say("lock of a store; taken last by process {}", leading_digits(first));
             break;
         case FileKind::kUnknown:
-            return fail(ErrorCode::kUnsupported,
-                        fmt::format("{} is no file of a store: it has none of their magic numbers "
-                                    "and none of their names (superblock, N.seg, index-N.ckpt)",
-                                    path));
+            return fail(
+                ErrorCode::kUnsupported,
+                fmt::format("{} is no file of a store: it has none of their magic numbers "
+                            "and none of their names (superblock, N.seg, index-N.ckpt, dead-N.map)",
+                            path));
     }
     return report.damages();
 }
