@@ -334,6 +334,60 @@ class Holding(TestCase):
         s.start_daemon()
         self.assertEqual([v["name"] for v in s.json("volume", "ls")], ["a"])
 
+    def mounted_store(self, options):
+        """A store on a file system of its own, which needs root."""
+        if os.geteuid() != 0:
+            self.skipTest("not root: a file system is mounted")
+        s = self.store(make=False)
+        s.path.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(s.path)],
+                              capture_output=True, check=False)
+        if done.returncode != 0:
+            self.skipTest("this system lets nobody mount a tmpfs")
+        self.addCleanup(subprocess.run, ["umount", str(s.path)], check=True)
+        s.ok("init")
+        s.ok("image", "import", "x", "-", data=b"precious" * 50_000)
+        return s
+
+    def test_a_full_disk_can_be_read(self):
+        s = self.mounted_store("size=4m")
+        try:
+            with open(s.path / "filler", "wb", buffering=0) as filler:
+                while True:
+                    filler.write(bytes(65536))
+        except OSError:
+            pass
+        self.assertEqual([image["name"] for image in s.json("image", "ls")], ["x"])
+        s.ok("image", "export", "x", "out.raw")
+        self.assertEqual((s.folder / "out.raw").read_bytes(), b"precious" * 50_000)
+        self.assert_fails(s.run("image", "import", "y", "-", data=random.Random(1).randbytes(1 << 20)),
+                          "no_space")
+        (s.path / "filler").unlink()
+        s.ok("image", "import", "y", "-", data=random.Random(1).randbytes(1 << 20))
+
+    def test_a_read_only_file_system_can_be_read(self):
+        s = self.mounted_store("size=8m")
+        subprocess.run(["mount", "-o", "remount,ro", str(s.path)], check=True)
+        self.assertEqual([image["name"] for image in s.json("image", "ls")], ["x"])
+        s.ok("image", "export", "x", "out.raw")
+        self.assertEqual((s.folder / "out.raw").read_bytes(), b"precious" * 50_000)
+        self.assert_fails(s.run("volume", "create", "v", "--size", "1MiB"), "read_only")
+
+    def test_rot_is_not_taken_for_a_torn_end(self):
+        s = self.store()
+        s.ok("image", "import", "x", "-", data=random.Random(1).randbytes(300_000))
+        segment = s.path / "segments" / "0000001.seg"
+        size = segment.stat().st_size
+        for offset in (5000, 100_000):
+            with open(segment, "r+b") as file:
+                file.seek(offset)
+                byte = file.read(1)
+                file.seek(offset)
+                file.write(bytes([byte[0] ^ 1]))
+            s.ok("status")
+            self.assertIn("damaged", s.run("volume", "create", "v", "--size", "1MiB").err)
+            self.assertEqual(segment.stat().st_size, size)
+
     def test_without_root(self):
         if os.geteuid() != 0:
             self.skipTest("not root, so all the other tests run without root")

@@ -550,11 +550,12 @@ Result<std::unique_ptr<FileLock>> PosixFileSystem::lock(const std::string& path)
         return fail(ErrorCode::kBusy, fmt::format("{} is {}", path, holder_of(descriptor.get())));
     }
     const std::string pid = fmt::format("{}\n", ::getpid());
-    const bool written = retry_interrupted([&] { return ::ftruncate(descriptor.get(), 0); }) == 0 &&
-                         retry_interrupted([&] {
-                             return ::pwrite(descriptor.get(), pid.data(), pid.size(), 0);
-                         }) == static_cast<ssize_t>(pid.size());
-    if (!written) {
+    // Over the last holder's, whose place a full disk has. Where there is none the lock holds all
+    // the same, and names nobody.
+    const ssize_t written =
+        retry_interrupted([&] { return ::pwrite(descriptor.get(), pid.data(), pid.size(), 0); });
+    if (retry_interrupted(
+            [&] { return ::ftruncate(descriptor.get(), std::max<ssize_t>(written, 0)); }) != 0) {
         return failed(errno, "write the process id into", path);
     }
     return std::make_unique<PosixFileLock>(std::move(descriptor));

@@ -149,6 +149,9 @@ Result<void> StoreImpl::close() {
     Result<void> synced;
     if (writable_.load()) {
         synced = sync(sequence());
+        if (synced) {
+            synced = prove_durable();
+        }
     }
     const std::lock_guard append_guard(append_mutex_);
     closed_.store(true);

@@ -203,6 +203,10 @@ class Store {
     virtual Result<void> checkpoint(uint64_t sequence, Bytes payload) = 0;
     /// Bytes appended since the last checkpoint: what a restart would have to replay.
     virtual uint64_t bytes_since_checkpoint() const = 0;
+    /// Writes into the superblock how far the log is durable, so that later damage at its end is
+    /// not taken for a torn end. Two pages and a sync, or nothing when it stands there already.
+    /// close() does it; do it now and then when nothing is appended any more.
+    virtual Result<void> prove_durable() = 0;
 
     /// Begins a garbage collection, see collection.h. kBusy: one is running. The store outlives it.
     virtual Result<std::unique_ptr<Collection>> begin_collection() = 0;
@@ -232,7 +236,7 @@ class Store {
     /// What the operator should know (file system kind, rebuilt index, a cut-off tail), as
     /// sentences. Filled by open().
     virtual std::vector<std::string> warnings() const = 0;
-    /// Syncs, and releases the lock. Further calls fail.
+    /// Syncs, proves it, and releases the lock. Further calls fail.
     virtual Result<void> close() = 0;
 };
 

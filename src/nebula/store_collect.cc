@@ -48,6 +48,7 @@ class ProtectedStore final : public Store {
         return store_.checkpoint(sequence, payload);
     }
     uint64_t bytes_since_checkpoint() const override { return store_.bytes_since_checkpoint(); }
+    Result<void> prove_durable() override { return store_.prove_durable(); }
     Result<std::unique_ptr<Collection>> begin_collection() override {
         return store_.begin_collection();
     }

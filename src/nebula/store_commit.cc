@@ -218,6 +218,21 @@ Result<void> StoreImpl::publish(SuperblockSlot& slot, const DeadRecord* record) 
     return {};
 }
 
+Result<void> StoreImpl::prove_durable() {
+    STELLARIUM_TRY(check_writable());
+    const std::lock_guard checkpoint_guard(checkpoint_mutex_);
+    SuperblockSlot slot = superblock_;
+    {
+        const std::lock_guard guard(state_mutex_);
+        if (durable_sequence_ <= slot.durable_sequence.get()) {
+            return {};
+        }
+        slot.durable_sequence = durable_sequence_;
+        slot.highest_sequence = highest_sequence_;
+    }
+    return publish(slot, nullptr);
+}
+
 Result<void> StoreImpl::checkpoint(uint64_t sequence, Bytes payload) {
     STELLARIUM_TRY(check_writable());
     if (payload.size() > kMaxCheckpointPayload) {

@@ -113,6 +113,7 @@ class StoreImpl final : public Store {
     void prefetch(PageAddress address, uint32_t pages) override;
     Result<void> checkpoint(uint64_t sequence, Bytes payload) override;
     uint64_t bytes_since_checkpoint() const override;
+    Result<void> prove_durable() override;
     Result<std::unique_ptr<Collection>> begin_collection() override;
     std::unique_ptr<Store> protect() override;
     Result<ScrubStep> scrub(PageAddress from, uint64_t budget_bytes,

@@ -137,7 +137,16 @@ Result<std::unique_ptr<Store>> Store::open(const io::Env& env, const std::string
                                            const StoreOptions& options) {
     STELLARIUM_TRY(check_options(options));
     auto store = std::make_unique<StoreImpl>(env, directory, options);
-    STELLARIUM_TRY(store->open());
+    if (auto opened = store->open(); !opened) {
+        if (opened.error().code() != ErrorCode::kReadOnly || options.read_only) {
+            return std::unexpected(std::move(opened).error());
+        }
+        // A file system that is mounted read-only: what is there can be read all the same.
+        StoreOptions reading = options;
+        reading.read_only = true;
+        store = std::make_unique<StoreImpl>(env, directory, reading);
+        STELLARIUM_TRY(store->open());
+    }
     return store;
 }
 
@@ -151,7 +160,7 @@ Result<void> StoreImpl::open() {
     }
     STELLARIUM_TRY(check_file_system(env_, directory_, options_, warnings_));
     if (options_.read_only) {
-        set_read_only("it was opened read-only");
+        set_read_only("it was opened read-only, or its file system is mounted so");
     } else {
         STELLARIUM_ASSIGN(lock_, files_.lock(join_path(directory_, kLockName)));
     }

@@ -3,6 +3,7 @@
 // Thread rule: constants.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 
@@ -83,6 +84,8 @@ inline constexpr int kMaxStaleReads = 8;
 /// Reader::next_data looks no further than this for the end of a range.
 inline constexpr uint64_t kMaxDataRangeBytes = uint64_t{1} << 30;
 
+/// What is durable is said in the superblock after at most this time.
+inline constexpr std::chrono::seconds kProofInterval{5};
 /// close() checkpoints when a restart would have to replay more than this.
 inline constexpr uint64_t kCloseCheckpointBytes = uint64_t{16} << 20;
 

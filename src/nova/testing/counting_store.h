@@ -71,6 +71,7 @@ class CountingStore : public nebula::Store {
         return store_->checkpoint(sequence, payload);
     }
     uint64_t bytes_since_checkpoint() const override { return store_->bytes_since_checkpoint(); }
+    Result<void> prove_durable() override { return store_->prove_durable(); }
     Result<std::unique_ptr<nebula::Collection>> begin_collection() override {
         return store_->begin_collection();
     }
