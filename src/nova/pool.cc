@@ -148,6 +148,7 @@ class PoolImpl final : public Pool, public DeviceOwner {
     // Running volumes.
     std::shared_ptr<Volume> running(const EntityPtr& entity) const;
     std::shared_ptr<Volume> run(const EntityPtr& entity);
+    std::shared_ptr<Volume> run_locked(const EntityPtr& entity);
     void close_device(const std::shared_ptr<Volume>& volume, const Device& device) override;
     void flush_device(const std::shared_ptr<Volume>& volume,
                       std::function<void(Result<void>)> done) override {
@@ -563,6 +564,12 @@ std::shared_ptr<Volume> PoolImpl::running(const EntityPtr& entity) const {
 
 std::shared_ptr<Volume> PoolImpl::run(const EntityPtr& entity) {
     const std::lock_guard lock(running_mutex_);
+    return run_locked(entity);
+}
+
+/// running_mutex_ is held. A volume without devices stays in running_ only until the mutex is
+/// given up: whoever makes a device lists it before that.
+std::shared_ptr<Volume> PoolImpl::run_locked(const EntityPtr& entity) {
     auto& volume = running_[entity->id];
     if (!volume) {
         volume = std::make_shared<Volume>(*store_, cache_, *arena_, *committer_, entity);
@@ -615,7 +622,6 @@ Result<std::shared_ptr<BlockDevice>> PoolImpl::attach(std::string_view source,
     if (serial.size() > kMaxSerialBytes) {
         serial.resize(kMaxSerialBytes);
     }
-    const auto volume = run(entity);
     const std::lock_guard lock(running_mutex_);
     auto& open = devices_[entity->id];
     if (!options.read_only) {
@@ -627,7 +633,7 @@ Result<std::shared_ptr<BlockDevice>> PoolImpl::attach(std::string_view source,
         }
     }
     auto device = std::make_shared<Device>(
-        *this, volume, options.read_only,
+        *this, run_locked(entity), options.read_only,
         options.label.empty() ? std::string("a device") : options.label, std::move(serial));
     open.push_back({.device = device.get(), .owner = device});
     return device;

@@ -265,5 +265,53 @@ TEST(PoolConcurrency, WritersReadersFlushesSnapshotsAndCheckpoints) {
     Concurrency().run();
 }
 
+/// A device goes while the next one is attached: whichever volume object the new device writes to,
+/// a snapshot must see it.
+TEST(PoolConcurrency, AttachWhileTheLastDeviceGoes) {
+    PoolOptions options = TestPool::small_options();
+    options.background = true;
+    TestPool pool(1, options);
+    must(pool->create_volume("a", kMiB));
+    // Keeps the pool's list of devices contended, so that the threads below meet in every order.
+    std::atomic<bool> stop{false};
+    std::vector<std::thread> lookers;
+    for (int i = 0; i < 3; ++i) {
+        lookers.emplace_back([&] {
+            while (!stop.load()) {
+                must(pool->find("a"));
+            }
+        });
+    }
+    auto device = must(pool->attach("a", {}));
+    const uint64_t last_round = scaled(400, 100);
+    for (uint64_t round = 0; round < last_round && !HasFailure(); ++round) {
+        std::thread detach([old = std::move(device)]() mutable { old.reset(); });
+        for (device = nullptr; !device;) {
+            if (auto attached = pool->attach("a", {})) {
+                device = *std::move(attached);
+            } else if (attached.error().code() != ErrorCode::kBusy) {
+                ADD_FAILURE() << attached.error().message();
+                break;
+            }
+        }
+        detach.join();
+        if (!device) {
+            break;
+        }
+        const auto data = testing::random_bytes(kPageBytes, round);
+        must(testing::write(*device, 0, data));
+        must(pool->create_snapshot("a", "s"));
+        std::vector<std::byte> found(kPageBytes);
+        must(must(pool->open_reader("a@s"))->read(0, found));
+        EXPECT_TRUE(found == data)
+            << "round " << round << ": the snapshot lacks a write completed before it";
+        must(pool->remove_snapshot("a", "s"));
+    }
+    stop.store(true);
+    for (std::thread& thread : lookers) {
+        thread.join();
+    }
+}
+
 }  // namespace
 }  // namespace stellarium::nova
