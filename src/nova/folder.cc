@@ -193,11 +193,22 @@ Result<void> Folder::fold_whole(Entity& entity) const {
     return fold(entity, leaves);
 }
 
+Result<void> Folder::pass_over_damaged(const Entity& entity, Result<void> done) const {
+    if (done || (done.error().code() != ErrorCode::kCorrupt &&
+                 done.error().code() != ErrorCode::kNotFound)) {
+        return done;
+    }
+    if (skipped_) {
+        skipped_(entity, done.error());
+    }
+    return {};
+}
+
 Result<void> Folder::fold_where_due() const {
     std::vector<std::pair<uint64_t, EntityPtr>> by_size;
     uint64_t total = 0;
     for (const EntityPtr& entity : catalog_.list(EntityKind::kVolume)) {
-        STELLARIUM_TRY(fold_candidates(*entity));
+        STELLARIUM_TRY(pass_over_damaged(*entity, fold_candidates(*entity)));
         const uint64_t extents = entity->state().delta.extents();
         if (extents > 0) {
             by_size.emplace_back(extents, entity);
@@ -213,7 +224,7 @@ Result<void> Folder::fold_where_due() const {
         if (total <= kMaxDeltaExtents / 2) {
             break;
         }
-        STELLARIUM_TRY(fold_whole(*entity));
+        STELLARIUM_TRY(pass_over_damaged(*entity, fold_whole(*entity)));
         total -= extents;
     }
     return {};

@@ -3,8 +3,10 @@
 // A delta over a leaf is worth folding when it has at least kMinFoldExtents extents and more than
 // half as many as the leaf, so that a random write pays for a small multiple of itself. When all
 // deltas together exceed kMaxDeltaExtents, the largest are folded whole, whatever they hold.
-// The nodes are appended first; then one record says which leaves of the delta have become part of
-// the tree. A crash in between leaves unreferenced nodes and the old state.
+// A volume of which something cannot be read (kCorrupt, kNotFound) is passed over and reported:
+// what is damaged in one volume is no reason to let the log of all grow for ever. The nodes are
+// appended first; then one record says which leaves of the delta have become part of the tree. A
+// crash in between leaves unreferenced nodes and the old state.
 //
 // A garbage collection also has leaves rewritten, to get rid of pages that the delta hides and of
 // chunks that are mostly dead: the same, with the live parts of such chunks stored anew, as if the
@@ -18,8 +20,10 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "base/error.h"
@@ -37,8 +41,14 @@ struct LeafRewrite {
 
 class Folder {
   public:
-    Folder(nebula::Store& store, NodeCache& cache, Catalog& catalog, Committer& committer)
-        : store_(store), cache_(cache), catalog_(catalog), committer_(committer) {}
+    /// `skipped` is told of volumes that were passed over.
+    Folder(nebula::Store& store, NodeCache& cache, Catalog& catalog, Committer& committer,
+           std::function<void(const Entity&, const Error&)> skipped = {})
+        : store_(store),
+          cache_(cache),
+          catalog_(catalog),
+          committer_(committer),
+          skipped_(std::move(skipped)) {}
 
     /// All volumes of the pool.
     Result<void> fold_where_due() const;
@@ -48,6 +58,8 @@ class Folder {
     Result<uint64_t> rewrite(Entity& entity, const std::map<uint64_t, LeafRewrite>& leaves) const;
 
   private:
+    /// Takes away an error that is no reason to stop.
+    Result<void> pass_over_damaged(const Entity& entity, Result<void> done) const;
     Result<void> fold_candidates(Entity& entity) const;
     Result<void> fold_whole(Entity& entity) const;
     /// With the commit_mutex held.
@@ -60,6 +72,7 @@ class Folder {
     NodeCache& cache_;
     Catalog& catalog_;
     Committer& committer_;
+    const std::function<void(const Entity&, const Error&)> skipped_;
 };
 
 }  // namespace stellarium::nova

@@ -198,6 +198,7 @@ class PoolImpl final : public Pool, public DeviceOwner {
             options_.notice(sentence);
         }
     }
+    void note_unfoldable(const Entity& entity, const Error& error);
 
     const io::Env env_;
     const PoolOptions options_;
@@ -207,7 +208,10 @@ class PoolImpl final : public Pool, public DeviceOwner {
     StateLeases leases_;
     std::unique_ptr<Arena> arena_;
     std::unique_ptr<Committer> committer_;
-    std::vector<std::string> own_warnings_;
+
+    mutable std::mutex warnings_mutex_;
+    std::vector<std::string> own_warnings_;  ///< Guarded by warnings_mutex_, but for recovery.
+    std::set<uint64_t> unfoldable_;          ///< Ids that were warned of. Guarded by it.
 
     /// Serialises everything that changes names: checks and change are one step.
     std::mutex operations_;
@@ -1198,14 +1202,29 @@ std::optional<std::string> PoolImpl::read_only_reason() const {
 
 std::vector<std::string> PoolImpl::warnings() const {
     std::vector<std::string> all = store_->warnings();
+    const std::lock_guard lock(warnings_mutex_);
     all.insert(all.end(), own_warnings_.begin(), own_warnings_.end());
     return all;
 }
 
 // --- Maintenance ---------------------------------------------------------------------------------
 
+/// Once for each volume: it will be so at every checkpoint.
+void PoolImpl::note_unfoldable(const Entity& entity, const Error& error) {
+    const std::string name = catalog_.full_name(entity);
+    const std::lock_guard lock(warnings_mutex_);
+    if (unfoldable_.insert(entity.id).second) {
+        own_warnings_.push_back(fmt::format(
+            "a part of volume '{}' is damaged, so that its changes are not merged with what it was "
+            "cloned from: {}",
+            name, error.message()));
+    }
+}
+
 Result<void> PoolImpl::fold_where_due() {
-    const Folder folder(*store_, cache_, catalog_, *committer_);
+    const Folder folder(
+        *store_, cache_, catalog_, *committer_,
+        [this](const Entity& entity, const Error& error) { note_unfoldable(entity, error); });
     return folder.fold_where_due();
 }
 
