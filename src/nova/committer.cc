@@ -462,6 +462,7 @@ Result<void> Committer::make_room(const std::shared_ptr<Volume>& volume) {
     }
     std::optional<Error> error;
     for (const auto& each : dirty) {
+        each->taken_off_list();
         const auto lock = lock_entity(*each);
         if (auto done = commit(std::span(&each, 1), {}); !done) {
             error = done.error();
@@ -495,7 +496,15 @@ Result<void> Committer::discard_leaves(Volume& volume, uint64_t first_page, uint
 
 std::shared_ptr<Volume> Committer::next_due(std::chrono::nanoseconds& wait) {
     wait = std::chrono::hours(1);
-    std::erase_if(dirty_, [](const DirtyVolume& item) { return !item.volume->dirty(); });
+    std::erase_if(dirty_, [](const DirtyVolume& item) {
+        if (item.volume->dirty()) {
+            return false;
+        }
+        // A writer marks its page first and asks whether the volume is listed second; here it is
+        // the other way round, so that one of the two sees the other.
+        item.volume->taken_off_list();
+        return !item.volume->put_back_on_list();
+    });
     if (dirty_.empty()) {
         pressure_.store(false);
         return nullptr;
@@ -525,6 +534,7 @@ std::shared_ptr<Volume> Committer::next_due(std::chrono::nanoseconds& wait) {
     }
     auto volume = std::move(due->volume);
     dirty_.erase(due);
+    volume->taken_off_list();
     return volume;
 }
 

@@ -641,6 +641,27 @@ TEST(PoolBuffer, AnotherRuntimeDirectoryFindsTheArenaThroughTheLog) {
     EXPECT_EQ(read(*must(pool->attach("vm", {})), 0, expected.size()), expected);
 }
 
+TEST(PoolBuffer, WhatBecameCleanIsWrittenBackWhenItIsDirtyAgain) {
+    TestPool pool;
+    must(pool->create_volume("a", 64 * kMiB));
+    must(pool->create_volume("filler", 64 * kMiB));
+    auto a = must(pool->attach("a", {}));
+    auto filler = must(pool->attach("filler", {}));
+    // Twice the buffer: everything that is dirty is written back on the way.
+    const auto fill = [&](uint64_t seed) {
+        for (uint64_t i = 0; i < 2 * pool.options().dirty_budget_bytes / kMiB; ++i) {
+            must(write(*filler, i * kMiB, random_bytes(kMiB, seed + i)));
+        }
+    };
+    must(write(*a, 8 * kMiB, random_bytes(4096, 1)));
+    must(a->discard(0, 64 * kMiB, IoMode::kMayBlock));
+    EXPECT_EQ(must(pool->find("a")).dirty_bytes, 0U);
+    fill(100);
+    must(write(*a, 8 * kMiB, random_bytes(4096, 2)));
+    fill(200);
+    EXPECT_EQ(must(pool->find("a")).dirty_bytes, 0U);
+}
+
 TEST(PoolBuffer, ALostArenaIsSaid) {
     TestPool pool;
     must(pool->create_volume("vm", kMiB));

@@ -274,7 +274,6 @@ std::vector<DirtyRun> Volume::cut() {
     for (Shard& shard : shards_) {
         shard.mutex.lock();
     }
-    noted_dirty_.store(false);
     runs.reserve(dirty_entries_.load(std::memory_order_relaxed));
     for (Shard& shard : shards_) {
         assert(shard.in_flight.empty());

@@ -51,7 +51,7 @@ class Volume;
 class Writeback {
   public:
     virtual ~Writeback() = default;
-    /// The volume has become dirty. Called once until its next cut().
+    /// The volume has become dirty. Called once until taken_off_list().
     virtual void note_dirty(const std::shared_ptr<Volume>& volume) = 0;
     /// The arena is more than half full. Cheap; called often.
     virtual void note_pressure() = 0;
@@ -110,6 +110,12 @@ class Volume : public std::enable_shared_from_this<Volume> {
     void set_last_sequence(uint64_t sequence) {
         last_sequence_.store(sequence, std::memory_order_release);
     }
+    /// Whoever keeps the list that note_dirty() makes takes the volume off it: from now on a write
+    /// calls note_dirty() again. One that is to be written back is taken off before its cut().
+    void taken_off_list() { noted_dirty_.exchange(false); }
+    /// A volume that was clean was taken off, but it is dirty now and has not called note_dirty():
+    /// it must be put back.
+    bool put_back_on_list() { return dirty() && !noted_dirty_.exchange(true); }
     /// A write-back failed: writers that wait for room get the error.
     void fail_writers(const Error& error);
 
@@ -185,7 +191,7 @@ class Volume : public std::enable_shared_from_this<Volume> {
     std::array<Shard, kShards> shards_;
     std::atomic<uint64_t> dirty_entries_{0};  ///< Of `pages` and `zeros` of all shards.
     std::atomic<uint64_t> held_slots_{0};
-    std::atomic<bool> noted_dirty_{false};
+    std::atomic<bool> noted_dirty_{false};  ///< On the list of note_dirty().
     std::atomic<uint64_t> last_sequence_{0};
 
     std::mutex failure_mutex_;
