@@ -399,17 +399,7 @@ Result<uint64_t> Committer::commit_page(const Entity& entity, uint64_t page, Byt
 void Committer::flush_async(const std::shared_ptr<Volume>& volume,
                             std::function<void(Result<void>)> done) {
     if (!options_.background) {
-        const auto flush = [&]() -> Result<void> {
-            {
-                const auto lock = lock_entity(*volume);
-                STELLARIUM_TRY(commit(std::span(&volume, 1), {}));
-            }
-            return store_.sync(volume->last_sequence());
-        };
-        done(flush());
-        if (options_.after_commit) {
-            options_.after_commit();
-        }
+        done(flush(volume));
         return;
     }
     {
@@ -421,6 +411,24 @@ void Committer::flush_async(const std::shared_ptr<Volume>& volume,
         }
     }
     done(fail(ErrorCode::kCancelled, "the pool is being closed"));
+}
+
+Result<void> Committer::flush(const std::shared_ptr<Volume>& volume) {
+    {
+        const std::lock_guard lock(mutex_);
+        if (stopping_) {
+            return fail(ErrorCode::kCancelled, "the pool is being closed");
+        }
+    }
+    {
+        const auto lock = lock_entity(*volume);
+        STELLARIUM_TRY(commit(std::span(&volume, 1), {}));
+    }
+    STELLARIUM_TRY(store_.sync(volume->last_sequence()));
+    if (options_.after_commit) {
+        options_.after_commit();
+    }
+    return {};
 }
 
 void Committer::note_dirty(const std::shared_ptr<Volume>& volume) {
@@ -660,6 +668,7 @@ void Committer::run_syncs() {
                 done(synced);
             }
         }
+        groups.clear();  // A completion may hold the last reference to a device, which flushes.
         lock.lock();
     }
 }

@@ -86,7 +86,11 @@ class Committer final : public Writeback {
     Result<uint64_t> commit_page(const Entity& entity, uint64_t page, Bytes content,
                                  std::span<const PendingRecord> records);
 
+    /// `done` is called, and destroyed, on any thread and without locks. It may call flush(), but
+    /// must not wait for another flush_async().
     void flush_async(const std::shared_ptr<Volume>& volume, std::function<void(Result<void>)> done);
+    /// The same on the calling thread alone, so that it also works in `done` of a flush.
+    Result<void> flush(const std::shared_ptr<Volume>& volume);
 
     void note_dirty(const std::shared_ptr<Volume>& volume) override;
     void note_pressure() override;

@@ -5,7 +5,6 @@
 #include <atomic>
 #include <cassert>
 #include <condition_variable>
-#include <future>
 #include <map>
 #include <mutex>
 #include <set>
@@ -154,7 +153,6 @@ class PoolImpl final : public Pool, public DeviceOwner {
                       std::function<void(Result<void>)> done) override {
         committer_->flush_async(volume, std::move(done));
     }
-    Result<void> flush(const std::shared_ptr<Volume>& volume);
 
     // Changes. The operation lock is held.
     Result<uint64_t> commit_on(const EntityPtr& entity, std::span<const PendingRecord> records);
@@ -581,17 +579,11 @@ std::shared_ptr<Volume> PoolImpl::run_locked(const EntityPtr& entity) {
     return volume;
 }
 
-Result<void> PoolImpl::flush(const std::shared_ptr<Volume>& volume) {
-    std::promise<Result<void>> promise;
-    auto done = promise.get_future();
-    committer_->flush_async(volume, [&promise](Result<void> result) { promise.set_value(result); });
-    return done.get();
-}
-
 void PoolImpl::close_device(const std::shared_ptr<Volume>& volume, const Device& device) {
     if (!device.read_only()) {
         // A failure leaves the pages in the arena, where write-back tries again.
-        if (auto flushed = flush(volume); !flushed) {
+        // Not flush_async: the last reference may have been that of a completion, on its thread.
+        if (auto flushed = committer_->flush(volume); !flushed) {
             volume->fail_writers(flushed.error());
         }
     }

@@ -12,9 +12,11 @@
 //     STELLARIUM_TEST_SCALE=10  run ten times as long
 #include <array>
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <future>
 #include <mutex>
 #include <random>
 #include <string>
@@ -355,6 +357,49 @@ TEST(PoolConcurrency, NoVolumeFallsOutOfWriteBack) {
         must(testing::flush(*device));
         must(testing::write(*device, 0, data));
         wait_until_clean(*pool, "a");
+    }
+}
+
+/// A completion may hold the last reference to its device. The flush that closing it makes does not
+/// wait for the thread it runs on.
+TEST(PoolConcurrency, ADeviceMayGoInACompletion) {
+    PoolOptions options = TestPool::small_options();
+    options.background = true;
+    TestPool pool(1, options);
+    must(pool->create_volume("a", kMiB));
+    must(pool->create_volume("b", kMiB));
+    auto other = must(pool->attach("b", {}));
+    for (const bool fails : {false, true}) {
+        auto device = must(pool->attach("a", {}));
+        must(testing::write(*device, 0, testing::random_bytes(kPageBytes, fails ? 1 : 2)));
+        if (fails) {
+            // The completion is then called by the thread that commits, not the one that syncs.
+            pool.machine().files().inject({.kind = io::OperationKind::kWrite,
+                                           .path_part = "segments",
+                                           .for_ever = true,
+                                           .errno_value = ENOSPC});
+        }
+        std::promise<void> gone;
+        std::promise<bool> flushed;
+        BlockDevice& raw = *device;
+        raw.flush_async(
+            [keep = device, gone = gone.get_future().share(), &flushed](Result<void> result) {
+                gone.wait();
+                flushed.set_value(result.has_value());
+            });
+        device.reset();
+        gone.set_value();
+        EXPECT_EQ(flushed.get_future().get(), !fails);
+        std::promise<void> next;
+        auto next_done = next.get_future();
+        other->flush_async([&next](Result<void>) { next.set_value(); });
+        if (next_done.wait_for(std::chrono::seconds(60)) != std::future_status::ready) {
+            fmt::print(stderr, "the pool's flushes wait for each other\n");
+            std::abort();  // Nothing could be taken down any more.
+        }
+        EXPECT_FALSE(must(pool->find("a")).attached);
+        pool.machine().files().clear_faults();
+        must(pool->create_snapshot("a", fails ? "s1" : "s0"));
     }
 }
 
