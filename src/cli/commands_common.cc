@@ -82,12 +82,17 @@ void print_entity(Context& context, const Json& entity) {
     row("name", text_field(entity, "name"));
     row("kind", text_field(entity, "kind"));
     row("size", out.size(number_field(entity, "size_bytes")));
-    row("data", out.size(number_field(entity, "data_bytes")));
+    const bool intact = text_field(entity, "damage").empty();
+    if (intact) {
+        row("data", out.size(number_field(entity, "data_bytes")));
+    }
     if (number_field(entity, "dirty_bytes") > 0) {
         row("dirty", out.size(number_field(entity, "dirty_bytes")));
     }
-    row("extents", std::to_string(number_field(entity, "extents")));
-    row("root", text_field(entity, "root"));
+    if (intact) {
+        row("extents", std::to_string(number_field(entity, "extents")));
+        row("root", text_field(entity, "root"));
+    }
     const std::string parent = text_field(entity, "parent");
     row("parent",
         bool_field(entity, "parent_removed") && !parent.empty() ? parent + " (removed)" : parent);
@@ -104,6 +109,7 @@ void print_entity(Context& context, const Json& entity) {
         row("snapshots", std::to_string(number_field(entity, "snapshots")));
     }
     row("created", text_field(entity, "created"));
+    row("damaged", text_field(entity, "damage"));
     if (bool_field(entity, "attached")) {
         const std::string label = text_field(entity, "attachment");
         row("attached", label.empty() ? "yes" : label);

@@ -92,7 +92,10 @@ Result<void> volume_list(Context& context, const Arguments&) {
     for (const Json& volume : volumes) {
         table.add({text_field(volume, "name"), out.size(number_field(volume, "size_bytes")),
                    text_field(volume, "parent"), std::to_string(number_field(volume, "snapshots")),
-                   text_field(volume, "created"), bool_field(volume, "attached") ? "yes" : ""});
+                   text_field(volume, "created"),
+                   !text_field(volume, "damage").empty() ? "no, it is damaged"
+                   : bool_field(volume, "attached")      ? "yes"
+                                                         : ""});
     }
     out.table(table);
     return {};

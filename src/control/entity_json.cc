@@ -52,7 +52,8 @@ Json to_json(const nova::EntityInfo& info) {
               {"attached", info.attached},
               {"attachment", info.attachment},
               {"dirty_bytes", info.dirty_bytes},
-              {"snapshots", info.snapshots}};
+              {"snapshots", info.snapshots},
+              {"damage", info.damage}};
     return json;
 }
 

@@ -258,6 +258,51 @@ Result<void> Catalog::apply(uint16_t kind, Bytes payload,
                             kind));
 }
 
+Result<EntityPtr> Catalog::damage_target(uint16_t kind, Bytes payload, VolumeState& state) const {
+    const auto decoded = [&]<typename Record>(Record*) -> Result<EntityPtr> {
+        STELLARIUM_ASSIGN(const Record record, decode<Record>(payload));
+        EntityPtr entity = find(record.volume);
+        if (!entity || entity->kind != EntityKind::kVolume) {
+            return EntityPtr();
+        }
+        state = entity->state();
+        if constexpr (std::is_same_v<Record, ResizeRecord>) {
+            state.size_bytes = record.size_bytes;
+        }
+        return entity;
+    };
+    switch (static_cast<RecordKind>(kind)) {
+        case RecordKind::kResize:
+            return decoded(static_cast<ResizeRecord*>(nullptr));
+        case RecordKind::kMap:
+            return decoded(static_cast<MapRecord*>(nullptr));
+        case RecordKind::kHole:
+            return decoded(static_cast<HoleRecord*>(nullptr));
+        case RecordKind::kFold:
+            return decoded(static_cast<FoldRecord*>(nullptr));
+        default:
+            return EntityPtr();
+    }
+}
+
+Result<void> Catalog::replay(uint16_t kind, Bytes payload) {
+    VolumeState state;
+    STELLARIUM_ASSIGN(const EntityPtr volume, damage_target(kind, payload, state));
+    if (!volume || !state.damage) {
+        Result<void> applied = apply(kind, payload);
+        if (applied || !volume ||
+            (applied.error().code() != ErrorCode::kCorrupt &&
+             applied.error().code() != ErrorCode::kNotFound)) {
+            return applied;
+        }
+        state.damage = std::make_shared<const std::string>(applied.error().message());
+    }
+    // What it holds is unknown already, or from now on; what follows can only change its size.
+    volume->publish(state);
+    volume->fold_candidates.clear();
+    return {};
+}
+
 Result<void> Catalog::insert_locked(const EntityPtr& entity, std::string name) {
     if (entity->id == 0 || entities_.contains(entity->id)) {
         return fail(ErrorCode::kCorrupt, fmt::format("entity id {} is used twice", entity->id));
@@ -334,6 +379,24 @@ Result<void> Catalog::apply_record(const RollbackRecord& record) {
     return {};
 }
 
+Result<void> Catalog::cut_delta(nebula::Store& store, VolumeState& state) {
+    uint64_t leaf = state.pages() / kPagesPerLeaf;
+    const auto pages_of_last = static_cast<uint32_t>(state.pages() % kPagesPerLeaf);
+    if (pages_of_last != 0) {
+        STELLARIUM_ASSIGN(const auto present, state.delta.find(store, leaf));
+        if (present) {
+            Extents cut = *present;
+            truncate(cut, pages_of_last);
+            STELLARIUM_TRY(state.delta.set(store, leaf, std::move(cut)));
+        }
+        ++leaf;
+    }
+    if (leaf < kMaxLeaves) {
+        STELLARIUM_TRY(state.delta.erase_from(store, leaf));
+    }
+    return {};
+}
+
 Result<void> Catalog::apply_record(const ResizeRecord& record) {
     STELLARIUM_ASSIGN(const EntityPtr volume, content_target(RecordKind::kResize, record.volume));
     VolumeState next = volume->state();
@@ -347,20 +410,7 @@ Result<void> Catalog::apply_record(const ResizeRecord& record) {
     next.size_bytes = record.size_bytes;
     if (shrinks) {
         next.root = record.root;
-        uint64_t leaf = next.pages() / kPagesPerLeaf;
-        const auto pages_of_last = static_cast<uint32_t>(next.pages() % kPagesPerLeaf);
-        if (pages_of_last != 0) {
-            STELLARIUM_ASSIGN(const auto present, next.delta.find(store_, leaf));
-            if (present) {
-                Extents cut = *present;
-                truncate(cut, pages_of_last);
-                STELLARIUM_TRY(next.delta.set(store_, leaf, std::move(cut)));
-            }
-            ++leaf;
-        }
-        if (leaf < kMaxLeaves) {
-            STELLARIUM_TRY(next.delta.erase_from(store_, leaf));
-        }
+        STELLARIUM_TRY(cut_delta(store_, next));
     }
     volume->publish(next);
     return {};
@@ -765,6 +815,17 @@ Result<std::vector<std::byte>> Catalog::save(nebula::Store& store, const Frozen&
     content.insert(content.end(), states.begin(), states.end());
     content.insert(content.end(), entities.begin(), entities.end());
     content.insert(content.end(), attachments.begin(), attachments.end());
+    for (const Frozen::Item& item : frozen.items) {
+        if (item.state.damage) {
+            const std::string_view why =
+                std::string_view(*item.state.damage).substr(0, kMaxDamageReasonBytes);
+            format::CatalogDamage damage{};
+            damage.id = item.id;
+            damage.reason_bytes = static_cast<uint16_t>(why.size());
+            put(content, damage);
+            put_text(content, why);
+        }
+    }
 
     format::CatalogRoot root{};
     root.magic = format::kCatalogMagic;
@@ -902,8 +963,17 @@ Result<void> Catalog::load(Bytes payload) {
         entity->attachment_ = AttachmentRecordBody{.label = std::move(label),
                                                    .options = {options.begin(), options.end()}};
     }
-    if (!in.at_end()) {
-        return in.bad("bytes follow its end");
+    while (!in.at_end()) {
+        STELLARIUM_ASSIGN(const auto packed, in.get<format::CatalogDamage>());
+        const EntityPtr entity = find_locked(packed.id);
+        if (!entity || packed.reason_bytes > kMaxDamageReasonBytes ||
+            packed.reserved != std::array<uint8_t, 6>{}) {
+            return in.bad(fmt::format("the damage of entity id {} is not valid", packed.id.get()));
+        }
+        VolumeState state = entity->state();
+        STELLARIUM_ASSIGN(std::string why, in.text(packed.reason_bytes));
+        state.damage = std::make_shared<const std::string>(std::move(why));
+        entity->publish(state);
     }
     next_id_ = std::max<uint64_t>(header.next_id, next_id_);
     imported_bytes_ = header.imported_bytes;

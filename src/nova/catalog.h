@@ -100,6 +100,12 @@ class Catalog {
     Result<void> apply(uint16_t kind, Bytes payload,
                        std::span<const nebula::ChunkLocation> locations = {});
 
+    /// apply() for records of the log. A volume whose record cannot be applied, because something
+    /// that it needs has rotted (kCorrupt, kNotFound), is damaged from then on: its content is not
+    /// known. The damage goes with clones and snapshots of it, is kept by checkpoints, and ends
+    /// with a rollback to a snapshot that is not damaged. Other errors are returned.
+    Result<void> replay(uint16_t kind, Bytes payload);
+
     // --- Look up ---------------------------------------------------------------------------------
 
     /// By "NAME" or "VOLUME@SNAPSHOT". kNotFound says what there is not.
@@ -141,6 +147,10 @@ class Catalog {
     void add_dead_pages(uint64_t pages);
     /// A collection has freed what there was when `collected` was asked for.
     void subtract_dead(const DeadEstimate& collected);
+
+    /// What a shrinking resize to `state.size_bytes` does to the delta. Whoever logs the record
+    /// tries this first: what is logged must apply.
+    static Result<void> cut_delta(nebula::Store& store, VolumeState& state);
 
     // --- Checkpoint ------------------------------------------------------------------------------
 
@@ -191,6 +201,9 @@ class Catalog {
     std::string full_name_locked(const Entity& entity) const;
     Result<void> insert_locked(const EntityPtr& entity, std::string name);
 
+    /// The volume whose content a record changes; nullptr when it is a record of another kind.
+    /// Damaged, it has the size that the record gives it.
+    Result<EntityPtr> damage_target(uint16_t kind, Bytes payload, VolumeState& state) const;
     /// The volume that a content record names; kCorrupt when there is none.
     Result<EntityPtr> content_target(RecordKind kind, uint64_t id) const;
 

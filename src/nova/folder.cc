@@ -101,6 +101,11 @@ Result<void> Folder::replace(nebula::Store& protection, Entity& entity, const Vo
         record.leaves.push_back(static_cast<uint32_t>(leaf));
     }
     STELLARIUM_ASSIGN(record.root, update_tree(protection, cache_, state.root, leaves));
+    // What is logged must apply, and taking leaves away may have to read their neighbours.
+    Delta rest = state.delta;
+    for (const uint32_t leaf : record.leaves) {
+        STELLARIUM_TRY(rest.set(store_, leaf, {}));
+    }
     const PendingRecord pending = PendingRecord::of(record);
     STELLARIUM_TRY(committer_.commit({}, std::span(&pending, 1)));
     return {};
@@ -132,7 +137,7 @@ Result<uint64_t> Folder::rewrite(Entity& entity,
                                  const std::map<uint64_t, LeafRewrite>& leaves) const {
     const auto protection = store_.protect();
     const std::lock_guard lock(entity.commit_mutex);
-    if (entity.removed()) {
+    if (entity.removed() || entity.state().damage) {
         return 0;
     }
     const VolumeState state = entity.state();
@@ -159,7 +164,7 @@ Result<uint64_t> Folder::rewrite(Entity& entity,
 
 Result<void> Folder::fold_candidates(Entity& entity) const {
     const std::lock_guard lock(entity.commit_mutex);
-    if (entity.removed() || entity.fold_candidates.empty()) {
+    if (entity.removed() || entity.fold_candidates.empty() || entity.state().damage) {
         return {};
     }
     const VolumeState state = entity.state();
@@ -180,7 +185,7 @@ Result<void> Folder::fold_candidates(Entity& entity) const {
 
 Result<void> Folder::fold_whole(Entity& entity) const {
     const std::lock_guard lock(entity.commit_mutex);
-    if (entity.removed()) {
+    if (entity.removed() || entity.state().damage) {
         return {};
     }
     std::vector<uint64_t> leaves;

@@ -151,7 +151,7 @@ struct CatalogRoot {
 };
 static_assert(sizeof(CatalogRoot) == 72);
 
-/// The front of the catalog's bytes; states, entities and attachments follow.
+/// The front of the catalog's bytes; states, entities, attachments and damages follow.
 struct CatalogHeader {
     U64Le next_id;
     U64Le imported_bytes;
@@ -194,6 +194,14 @@ struct CatalogAttachment {
     std::array<uint8_t, 4> reserved;
 };
 static_assert(sizeof(CatalogAttachment) == 16);
+
+/// Up to the end of the catalog: entities whose content could not be replayed, and why.
+struct CatalogDamage {
+    U64Le id;
+    U16Le reason_bytes;
+    std::array<uint8_t, 6> reserved;
+};
+static_assert(sizeof(CatalogDamage) == 16);
 
 // --- Arena (arena.md) ----------------------------------------------------------------------------
 

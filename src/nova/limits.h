@@ -25,6 +25,7 @@ inline constexpr size_t kMaxFullNameBytes = 2 * kMaxNameBytes + 1;  ///< VOLUME@
 inline constexpr size_t kMaxLabelBytes = 4096;
 inline constexpr size_t kMaxAttachmentOptionsBytes = 4096;
 inline constexpr size_t kMaxSerialBytes = 20;
+inline constexpr size_t kMaxDamageReasonBytes = 2048;
 inline constexpr size_t kMaxClonesPerCall = 100'000;
 inline constexpr size_t kMaxEntities = 4'000'000;  ///< Images, volumes and snapshots of a pool.
 inline constexpr size_t kMaxLineage = 10'000;      ///< Ancestors that detail() lists.

@@ -140,6 +140,7 @@ class PoolImpl final : public Pool, public DeviceOwner {
     // Recovery.
     Result<void> open_arena();
     Result<void> adopt_foreign_arena(std::unique_ptr<Arena> arena);
+    void warn_of_damage();
     std::unique_ptr<Committer> make_committer(Arena& arena, bool background);
     void note_arena(const ArenaRecord& record);
     void stop_threads();
@@ -162,6 +163,8 @@ class PoolImpl final : public Pool, public DeviceOwner {
     Result<void> check_free(std::string_view name) const;
     Result<void> check_room(size_t more) const;
     Result<void> check_not_attached(const Entity& entity, std::string_view what) const;
+    Result<void> check_intact(const Entity& entity) const;
+    void drop_withheld(uint64_t id);
     Result<void> remove_entities(const std::vector<EntityPtr>& entities);
     uint64_t now_ns() const { return static_cast<uint64_t>(env_.clock->wall().count()); }
 
@@ -171,6 +174,7 @@ class PoolImpl final : public Pool, public DeviceOwner {
     // Looking.
     std::vector<EntityInfo> infos(EntityKind kind) const;
     EntityInfo info(const Entity& entity) const;
+    std::vector<std::string> lineage(const Entity& entity) const;
     std::optional<std::string> attachment_label(const Entity& entity) const;
     /// The content as of now, with what is dirty. `use` says for what, for messages.
     Result<StateLease> lease_present_state(const EntityPtr& entity, std::string_view use);
@@ -214,6 +218,8 @@ class PoolImpl final : public Pool, public DeviceOwner {
     /// Serialises everything that changes names: checks and change are one step.
     std::mutex operations_;
     std::set<std::string, std::less<>> importing_;  ///< Names promised to imports. Guarded by it.
+    /// Slots that the last process left of volumes that are damaged. Guarded by it.
+    std::map<uint64_t, std::vector<Slot>> withheld_;
 
     mutable std::mutex running_mutex_;
     // Guarded by running_mutex_:
@@ -343,12 +349,14 @@ std::unique_ptr<Committer> PoolImpl::make_committer(Arena& arena, bool backgroun
 }
 
 Result<void> PoolImpl::recover() {
-    STELLARIUM_TRY(catalog_.load(store_->checkpoint_payload()));
+    if (auto loaded = catalog_.load(store_->checkpoint_payload()); !loaded) {
+        return std::unexpected(loaded.error().with_context("the list of all volumes and images"));
+    }
     class Sink final : public nebula::ReplaySink {
       public:
         explicit Sink(Catalog& catalog) : catalog_(catalog) {}
         Result<void> replay(uint64_t sequence, uint16_t kind, Bytes payload) override {
-            auto applied = catalog_.apply(kind, payload);
+            auto applied = catalog_.replay(kind, payload);
             if (!applied) {
                 return std::unexpected(
                     applied.error().with_context(fmt::format("replay of batch {}", sequence)));
@@ -362,6 +370,7 @@ Result<void> PoolImpl::recover() {
     Sink sink(catalog_);
     STELLARIUM_TRY(store_->replay(sink));
     STELLARIUM_TRY(open_arena());
+    warn_of_damage();
     committer_->start();
     if (options_.background && !read_only_reason()) {
         maintenance_ = std::thread([this] { run_maintenance(); });
@@ -411,7 +420,9 @@ Result<void> PoolImpl::open_arena() {
             committer_ = make_committer(*arena_, options_.background);
             for (const Arena::Found& slot : arena_->adopt()) {
                 const EntityPtr entity = catalog_.find(slot.volume);
-                if (entity && entity->kind == EntityKind::kVolume) {
+                if (entity && entity->kind == EntityKind::kVolume && entity->state().damage) {
+                    withheld_[entity->id].push_back(slot.slot);
+                } else if (entity && entity->kind == EntityKind::kVolume) {
                     run(entity)->adopt(slot);
                 } else {
                     arena_->retire(slot.slot);
@@ -472,7 +483,7 @@ Result<void> PoolImpl::adopt_foreign_arena(std::unique_ptr<Arena> arena) {
     std::map<uint64_t, std::shared_ptr<Volume>> volumes;
     for (const Arena::Found& slot : arena->adopt()) {
         const EntityPtr entity = catalog_.find(slot.volume);
-        if (entity && entity->kind == EntityKind::kVolume) {
+        if (entity && entity->kind == EntityKind::kVolume && !entity->state().damage) {
             auto& volume = volumes[entity->id];
             if (!volume) {
                 volume = std::make_shared<Volume>(*store_, cache_, *arena, *committer, entity);
@@ -490,6 +501,34 @@ Result<void> PoolImpl::adopt_foreign_arena(std::unique_ptr<Arena> arena) {
     }
     STELLARIUM_TRY(store_->sync(store_->sequence()));
     return arena->remove_file();
+}
+
+void PoolImpl::warn_of_damage() {
+    for (const EntityPtr& entity : catalog_.all()) {
+        if (const auto damage = entity->state().damage) {
+            const auto withheld = withheld_.find(entity->id);
+            own_warnings_.push_back(fmt::format(
+                "{} '{}' is damaged and not shown: {}{}", kind_name(entity->kind),
+                catalog_.full_name(*entity), *damage,
+                withheld == withheld_.end()
+                    ? std::string()
+                    : fmt::format(" ({} acknowledged writes of it are in the buffer, and are "
+                                  "dropped when the pool is closed)",
+                                  withheld->second.size())));
+        }
+    }
+}
+
+/// Frees what the arena holds of a damaged volume, whose content is something else now.
+void PoolImpl::drop_withheld(uint64_t id) {
+    const auto it = withheld_.find(id);
+    if (it != withheld_.end()) {
+        for (const Slot slot : it->second) {
+            arena_->retire(slot);
+            arena_->release(slot);
+        }
+        withheld_.erase(it);
+    }
 }
 
 void PoolImpl::stop_threads() {
@@ -602,6 +641,7 @@ Result<std::shared_ptr<BlockDevice>> PoolImpl::attach(std::string_view source,
                                                       const AttachOptions& options) {
     const std::lock_guard operation(operations_);
     STELLARIUM_ASSIGN(const EntityPtr entity, catalog_.find(source));
+    STELLARIUM_TRY(check_intact(*entity));
     if (!options.read_only) {
         if (entity->kind != EntityKind::kVolume) {
             return fail(ErrorCode::kReadOnly,
@@ -705,6 +745,18 @@ Result<void> PoolImpl::check_not_attached(const Entity& entity, std::string_view
     return {};
 }
 
+Result<void> PoolImpl::check_intact(const Entity& entity) const {
+    if (const auto damage = entity.state().damage) {
+        const std::string_view advice = entity.kind == EntityKind::kVolume
+                                            ? "Roll it back to a snapshot, or remove it"
+                                            : "Remove it";
+        return fail(ErrorCode::kCorrupt,
+                    fmt::format("'{}' is damaged, and what it held last is not known: {}. {}",
+                                catalog_.full_name(entity), *damage, advice));
+    }
+    return {};
+}
+
 Result<EntityInfo> PoolImpl::create_volume(std::string_view name, uint64_t size_bytes) {
     STELLARIUM_TRY(check_name(name));
     if (size_bytes % kSectorBytes != 0 || size_bytes > kMaxVolumeBytes) {
@@ -758,6 +810,7 @@ Result<void> PoolImpl::clone(std::string_view source, const std::vector<std::str
     {
         const std::lock_guard lock(operations_);
         STELLARIUM_ASSIGN(const EntityPtr entity, catalog_.find(source));
+        STELLARIUM_TRY(check_intact(*entity));
         for (const std::string& name : names) {
             STELLARIUM_TRY(check_free(name));
         }
@@ -795,6 +848,7 @@ Result<EntityInfo> PoolImpl::resize(std::string_view name, uint64_t size_bytes) 
     {
         const std::lock_guard lock(operations_);
         STELLARIUM_ASSIGN(entity, catalog_.find(name, EntityKind::kVolume));
+        STELLARIUM_TRY(check_intact(*entity));
         const bool shrinks = size_bytes < entity->size_bytes();
         if (shrinks) {
             STELLARIUM_TRY(check_not_attached(*entity, "shrunk"));
@@ -813,6 +867,10 @@ Result<EntityInfo> PoolImpl::resize(std::string_view name, uint64_t size_bytes) 
             STELLARIUM_ASSIGN(const VolumeState cut,
                               resized(*protection, cache_, tree_only, size_bytes));
             record.root = cut.root;
+            // What is logged must apply, now and whenever the log is replayed.
+            VolumeState trial = state;
+            trial.size_bytes = size_bytes;
+            STELLARIUM_TRY(Catalog::cut_delta(*store_, trial));
             const PendingRecord pending = PendingRecord::of(record);
             const uint64_t within = size_bytes % kPageBytes;
             if (within == 0) {
@@ -928,6 +986,7 @@ Result<void> PoolImpl::remove_entities(const std::vector<EntityPtr>& entities) {
                 const std::lock_guard lock(running_mutex_);
                 running_.erase(entity->id);
             }
+            drop_withheld(entity->id);
         }
     }
     return settle(sequence);
@@ -942,6 +1001,7 @@ Result<EntityInfo> PoolImpl::create_snapshot(std::string_view name, std::string_
     {
         const std::lock_guard lock(operations_);
         STELLARIUM_ASSIGN(const EntityPtr volume, catalog_.find(name, EntityKind::kVolume));
+        STELLARIUM_TRY(check_intact(*volume));
         const std::string full_name = fmt::format("{}@{}", name, snapshot);
         if (catalog_.find(full_name)) {
             return fail(ErrorCode::kAlreadyExists,
@@ -968,11 +1028,13 @@ Result<void> PoolImpl::rollback(std::string_view name, std::string_view snapshot
         STELLARIUM_ASSIGN(const EntityPtr target,
                           catalog_.find(fmt::format("{}@{}", name, snapshot)));
         STELLARIUM_TRY(check_not_attached(*volume, "rolled back"));
+        STELLARIUM_TRY(check_intact(*target));
         const PendingRecord pending =
             PendingRecord::of(RollbackRecord{.volume = volume->id, .snapshot = target->id});
         // What is dirty goes into a batch of its own, and out of the arena: after the death of the
         // process it would be laid over the state of the snapshot.
         STELLARIUM_TRY(commit_on(volume, {}));
+        drop_withheld(volume->id);
         STELLARIUM_ASSIGN(sequence, commit_on(volume, std::span(&pending, 1)));
     }
     return settle(sequence);
@@ -992,7 +1054,11 @@ EntityInfo PoolImpl::info(const Entity& entity) const {
                       .attached = false,
                       .attachment = {},
                       .dirty_bytes = 0,
-                      .snapshots = description.snapshots};
+                      .snapshots = description.snapshots,
+                      .damage = {}};
+    if (const auto damage = entity.state().damage) {
+        result.damage = *damage;
+    }
     if (auto label = attachment_label(entity)) {
         result.attached = true;
         result.attachment = *std::move(label);
@@ -1031,6 +1097,7 @@ Result<EntityInfo> PoolImpl::find(std::string_view source) const {
 }
 
 Result<StateLease> PoolImpl::lease_present_state(const EntityPtr& entity, std::string_view use) {
+    STELLARIUM_TRY(check_intact(*entity));
     const auto volume = running(entity);
     // A commit that is under way has not published everything that it cut.
     const std::lock_guard lock(entity->commit_mutex);
@@ -1043,9 +1110,14 @@ Result<StateLease> PoolImpl::lease_present_state(const EntityPtr& entity, std::s
 
 Result<EntityDetail> PoolImpl::detail(std::string_view source) {
     STELLARIUM_ASSIGN(const EntityPtr entity, catalog_.find(source));
+    EntityDetail result;
+    if (entity->state().damage) {
+        result.info = info(*entity);
+        result.lineage = lineage(*entity);
+        return result;
+    }
     STELLARIUM_ASSIGN(const StateLease lease, lease_present_state(entity, "a look at the content"));
     const VolumeState& state = lease.state();
-    EntityDetail result;
     result.info = info(*entity);
     STELLARIUM_TRY(for_each_leaf(*store_, cache_, state, 0, [&](uint64_t leaf) -> Result<bool> {
         STELLARIUM_ASSIGN(const Extents extents, effective_leaf(*store_, cache_, state, leaf));
@@ -1063,14 +1135,20 @@ Result<EntityDetail> PoolImpl::detail(std::string_view source) {
         STELLARIUM_ASSIGN(const NodeRef root, fold_all(*protection, cache_, state));
         result.root = root.id;
     }
-    const Entity* each = entity.get();
+    result.lineage = lineage(*entity);
+    return result;
+}
+
+std::vector<std::string> PoolImpl::lineage(const Entity& entity) const {
+    std::vector<std::string> result;
+    const Entity* each = &entity;
     EntityPtr keep;
-    while (each != nullptr && result.lineage.size() < kMaxLineage) {
+    while (each != nullptr && result.size() < kMaxLineage) {
         const Catalog::Description description = catalog_.describe(*each);
         if (description.parent.empty()) {
             break;
         }
-        result.lineage.push_back(description.parent);
+        result.push_back(description.parent);
         keep = description.parent_removed ? nullptr : catalog_.find(each->parent);
         each = keep.get();
     }

@@ -11,6 +11,8 @@
 // Thread rule: every function may be called from any thread at the same time.
 // Durability: a function that changes something is durable when it returns success, and has then
 // happened wholly; on error it has not happened. Device writes: see base/block_device.h.
+// Damage: a volume that something has rotted of that was needed to recover it is damaged, see
+// EntityInfo::damage; the pool opens with all others.
 // Errors: kNotFound, kAlreadyExists, kInvalidArgument (names, sizes), kBusy (names the attachment),
 // and those of nebula/store.h.
 #pragma once
@@ -47,9 +49,13 @@ struct EntityInfo {
     std::string attachment;              ///< Label of the attachment; "" for none.
     uint64_t dirty_bytes = 0;            ///< Acknowledged, not yet in the log.
     uint64_t snapshots = 0;              ///< Of a volume.
+    /// Why its content is not known, so that it can only be renamed, removed and, if it has a
+    /// snapshot that is not damaged, rolled back; "": it is intact as far as is known.
+    std::string damage;
 };
 
-/// Costs a walk of the tree: what info() adds for one entity.
+/// Costs a walk of the tree: what info() adds for one entity. Of a damaged one only `info` and
+/// `lineage` are given.
 struct EntityDetail {
     EntityInfo info;
     uint64_t data_bytes = 0;  ///< Mapped, in whole pages: not holes.

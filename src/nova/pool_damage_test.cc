@@ -1,9 +1,18 @@
 // What a pool does about damage: one volume's trouble is no other's, and nothing is served that is
 // not known to be right.
+#include <algorithm>
+#include <array>
 #include <cstdint>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <span>
 #include <string>
 #include <vector>
 
+#include "base/test_scale.h"
 #include "base/units.h"
 #include "nova/limits.h"
 #include "nova/testing/test_pool.h"
@@ -20,13 +29,18 @@ uint64_t segment_pages(TestPool& pool) {
     return must(file->size_bytes()) / kPageBytes;
 }
 
-/// A copy of a closed pool's machine in which one page of the first segment has rotted.
+/// A copy of a pool's machine, as if its process had died, in which bytes of the first segment have
+/// rotted.
 class RottenCopy {
   public:
-    RottenCopy(TestPool& pool, uint64_t page)
-        : machine_(pool.machine().files().fork(), 1), options_(pool.options()) {
-        machine_.files().damage(kSegment, page * kPageBytes, kPageBytes, page);
+    RottenCopy(TestPool& pool, uint64_t offset_bytes, uint64_t length_bytes)
+        : RottenCopy(pool.machine().files(), pool.options(), offset_bytes, length_bytes) {}
+    RottenCopy(io::SimulatedFileSystem& files, const PoolOptions& options, uint64_t offset_bytes,
+               uint64_t length_bytes)
+        : machine_(files.fork(), 1), options_(options) {
+        machine_.files().damage(kSegment, offset_bytes, length_bytes, offset_bytes);
     }
+    RottenCopy(TestPool& pool, uint64_t page) : RottenCopy(pool, page * kPageBytes, kPageBytes) {}
     Result<void> open() {
         STELLARIUM_ASSIGN(pool_, Pool::open(machine_.env(), TestPool::kDirectory, options_));
         return {};
@@ -110,6 +124,185 @@ TEST(PoolDamage, ARottenLeafOfOneVolumeStopsNoCheckpoint) {
         EXPECT_EQ(read(*must(copy->attach("other", {.read_only = true})), 0, data.size()), data);
     }
     EXPECT_EQ(leaves_hit, 1U);
+}
+
+// --- Replay --------------------------------------------------------------------------------------
+
+/// Two volumes whose deltas lie in some bytes of the segment.
+struct TwoDeltas {
+    TwoDeltas() : owner(std::make_unique<TestPool>()), pool(*owner) {
+        must(pool->create_volume("a", 8 * kMiB));
+        must(pool->create_snapshot("a", "empty"));
+        must(pool->create_volume("b", 8 * kMiB));
+        for (const std::string name : {"a", "b"}) {
+            // Few extents a leaf, which a checkpoint leaves in the delta.
+            auto device = must(pool->attach(name, {}));
+            for (uint64_t leaf = 0; leaf < 4; ++leaf) {
+                for (uint64_t i = 0; i < 20; ++i) {
+                    const uint64_t offset = leaf * kLeafBytes + 2 * i * kPageBytes;
+                    const auto data = random_bytes(kPageBytes, random());
+                    must(write(*device, offset, data));
+                    std::copy(data.begin(), data.end(),
+                              content[name].begin() + static_cast<ptrdiff_t>(offset));
+                }
+            }
+            must(flush(*device));
+        }
+        first_byte = segment_pages(pool) * kPageBytes;
+        must(pool->checkpoint());
+        end_byte = segment_pages(pool) * kPageBytes;
+        // The next one, of another catalog, brings them out of the part of the log that opening
+        // reads anyway.
+        must(pool->create_volume("later", kMiB));
+        must(pool->checkpoint());
+    }
+    /// The process dies. Nodes that it has in memory are shared within this test's process, and
+    /// would be used in place of those that have rotted.
+    void kill() {
+        files = pool.machine().files().fork();
+        options = pool.options();
+        pool.machine().kill_process();
+        devices.clear();
+        owner.reset();
+    }
+    /// Calls `visit` with a copy for each small part of those bytes, unless it is something that
+    /// the pool needs for writing, or volume "b".
+    void for_each_copy(const std::function<void(RottenCopy&)>& visit) {
+        for (uint64_t offset = first_byte; offset < end_byte; offset += 192) {
+            RottenCopy copy(*files, options, offset, 16);
+            must(copy.open());
+            if (!copy->read_only_reason() && must(copy->find("b")).damage.empty() &&
+                try_read(*must(copy->attach("b", {.read_only = true})), 0)) {
+                visit(copy);
+            }
+        }
+    }
+
+    std::unique_ptr<TestPool> owner;
+    TestPool& pool;
+    std::map<std::string, std::vector<std::byte>> content{{"a", std::vector<std::byte>(8 * kMiB)},
+                                                          {"b", std::vector<std::byte>(8 * kMiB)}};
+    std::mt19937_64 random{1};
+    std::vector<std::shared_ptr<BlockDevice>> devices;
+    std::unique_ptr<io::SimulatedFileSystem> files;
+    PoolOptions options;
+    uint64_t first_byte = 0;
+    uint64_t end_byte = 0;
+};
+
+void expect_refused(Pool& pool, const std::string& source) {
+    EXPECT_FALSE(must(pool.find(source)).damage.empty());
+    EXPECT_EQ(code_of(pool.attach(source, {.read_only = true})), ErrorCode::kCorrupt);
+    EXPECT_EQ(code_of(pool.open_reader(source)), ErrorCode::kCorrupt);
+    const EntityDetail detail = must(pool.detail(source));
+    EXPECT_FALSE(detail.info.damage.empty());
+    EXPECT_EQ(detail.root, Hash256());
+    EXPECT_EQ(code_of(pool.clone(source, {"x"})), ErrorCode::kCorrupt);
+    EXPECT_EQ(code_of(pool.diff(source, "b", [](DiffRange) { return Result<void>(); })),
+              ErrorCode::kCorrupt);
+}
+
+TEST(PoolDamage, AVolumeThatCannotBeReplayedIsDamagedAndNoOther) {
+    TwoDeltas test;
+    TestPool& pool = test.pool;
+    const auto later = random_bytes(kPageBytes, 9);
+    auto a = must(pool->attach("a", {}));
+    must(write(*a, kPageBytes, later));
+    must(flush(*a));
+    must(pool->create_snapshot("a", "new"));
+    must(pool->clone("a", {"c"}));
+    must(pool->resize("a", 16 * kMiB));
+    // Acknowledged, and in the arena only.
+    must(write(*a, 0, later));
+    auto b = must(pool->attach("b", {}));
+    must(write(*b, 2 * kPageBytes, later));
+    auto expected_of_b = test.content["b"];
+    std::copy(later.begin(), later.end(), expected_of_b.begin() + 2 * kPageBytes);
+    test.devices = {std::move(a), std::move(b)};
+    test.kill();
+
+    unsigned damaged = 0;
+    test.for_each_copy([&](RottenCopy& copy) {
+        if (must(copy->find("a")).damage.empty()) {
+            return;
+        }
+        ++damaged;
+        for (int round = 0; round < 2; ++round) {
+            for (const std::string source : {"a", "a@new", "c"}) {
+                expect_refused(*copy, source);
+                EXPECT_EQ(count_warnings(*copy, fmt::format("'{}' is damaged", source)), 1U);
+            }
+            EXPECT_EQ(code_of(copy->create_snapshot("a", "x")), ErrorCode::kCorrupt);
+            EXPECT_EQ(code_of(copy->resize("a", 32 * kMiB)), ErrorCode::kCorrupt);
+            EXPECT_EQ(code_of(copy->rollback("a", "new")), ErrorCode::kCorrupt);
+            EXPECT_EQ(must(copy->find("a")).size_bytes, 16 * kMiB);
+            EXPECT_EQ(must(copy->find("a@empty")).damage, "");
+            EXPECT_EQ(read(*must(copy->attach("b", {.read_only = true})), 0, expected_of_b.size()),
+                      expected_of_b);
+            if (round == 0) {
+                // What is not known is not forgotten by a checkpoint.
+                EXPECT_GT(copy->stats().dirty_bytes, kPageBytes);
+                must(copy->checkpoint());
+                copy.close();
+                must(copy.open());
+            }
+        }
+        EXPECT_EQ(copy->stats().dirty_bytes, 0U);
+        must(copy->rename("c", "d"));
+        must(copy->remove({"d"}));
+        must(copy->remove_snapshot("a", "new"));
+        must(copy->rollback("a", "empty"));
+        EXPECT_EQ(must(copy->find("a")).damage, "");
+        EXPECT_EQ(export_all(*copy, "a"), std::vector<std::byte>(8 * kMiB));
+        copy.close();
+        must(copy.open());
+        EXPECT_EQ(count_warnings(*copy, "damaged"), 0U);
+        EXPECT_EQ(export_all(*copy, "a"), std::vector<std::byte>(8 * kMiB));
+    });
+    EXPECT_GE(damaged, 1U);
+}
+
+TEST(PoolDamage, WhatTheBufferHoldsOfADamagedVolumeIsFreedWithIt) {
+    TwoDeltas test;
+    auto a = must(test.pool->attach("a", {}));
+    must(write(*a, kPageBytes, random_bytes(kPageBytes, 9)));
+    must(flush(*a));
+    must(write(*a, 0, random_bytes(3 * kPageBytes, 10)));
+    test.devices = {std::move(a)};
+    test.kill();
+    unsigned damaged = 0;
+    test.for_each_copy([&](RottenCopy& copy) {
+        if (must(copy->find("a")).damage.empty()) {
+            return;
+        }
+        EXPECT_EQ(count_warnings(*copy, "3 acknowledged writes"), 1U);
+        EXPECT_EQ(copy->stats().dirty_bytes, 3 * kPageBytes);
+        must(++damaged % 2 == 0 ? copy->remove({"a"}) : copy->rollback("a", "empty"));
+        EXPECT_EQ(copy->stats().dirty_bytes, 0U);
+    });
+    EXPECT_GE(damaged, 2U);
+}
+
+TEST(PoolDamage, AShrinkThatCannotBeAppliedIsNotLogged) {
+    TwoDeltas test;
+    test.kill();
+    unsigned refused = 0;
+    test.for_each_copy([&](RottenCopy& copy) {
+        const auto done = copy->resize("a", kMiB);
+        if (done) {
+            return;
+        }
+        ++refused;
+        EXPECT_EQ(done.error().code(), ErrorCode::kCorrupt) << done.error().message();
+        EXPECT_EQ(copy->read_only_reason().value_or(""), "");
+        must(copy->create_volume("other", kMiB));
+        copy.close();
+        must(copy.open());
+        EXPECT_EQ(must(copy->find("a")).size_bytes, 8 * kMiB);
+        EXPECT_EQ(must(copy->find("a")).damage, "");
+        must(copy->find("other"));
+    });
+    EXPECT_GE(refused, 1U);
 }
 
 }  // namespace

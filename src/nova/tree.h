@@ -250,6 +250,8 @@ struct VolumeState {
     NodeRef root;
     Delta delta;
     uint64_t size_bytes = 0;
+    /// Why this is not what the volume ought to hold (Catalog::replay); nullptr: it is.
+    std::shared_ptr<const std::string> damage = nullptr;
 
     uint64_t pages() const {
         return size_bytes / nebula::kPageBytes + (size_bytes % nebula::kPageBytes != 0);
