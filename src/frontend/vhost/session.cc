@@ -502,7 +502,12 @@ Result<void> Session::set_vring_addr(Message& message) {
         return fail(ErrorCode::kProtocol,
                     fmt::format("rings of queue {} are not in shared memory", address.index.get()));
     }
-    return try_start(*queue);
+    STELLARIUM_TRY(try_start(*queue));
+    if (queue->ring.started()) {
+        // Kicks that came while it was nowhere in shared memory were not followed.
+        schedule(*queue);
+    }
+    return {};
 }
 
 Result<void> Session::set_vring_base(Message& message) {
