@@ -2,6 +2,7 @@
 // completed exactly once, and the disk holds what was written last.
 #include <array>
 #include <fstream>
+#include <functional>
 #include <random>
 
 #include <fcntl.h>
@@ -10,6 +11,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "base/test_scale.h"
 #include "frontend/vhost_client/test_bench.h"
 
 extern char** environ;
@@ -17,10 +19,73 @@ extern char** environ;
 namespace stellarium::vhost {
 namespace {
 
-/// A running vhost_memdisk.
-class ServerProcess {
+class Process {
   public:
-    ServerProcess(const std::string& socket, const std::string& file, bool hold, bool would_block) {
+    /// Starts a program, found by its path, whose output (`output_fd`: 1 or 2) can be read here.
+    explicit Process(std::vector<std::string> words, int output_fd = STDOUT_FILENO) {
+        std::vector<char*> arguments;
+        arguments.reserve(words.size() + 1);
+        for (std::string& word : words) {
+            arguments.push_back(word.data());
+        }
+        arguments.push_back(nullptr);
+        std::array<int, 2> output{};
+        EXPECT_EQ(::pipe2(output.data(), O_CLOEXEC), 0);
+        output_ = UniqueFd(output[0]);
+        UniqueFd writer(output[1]);
+        posix_spawn_file_actions_t actions;
+        ::posix_spawn_file_actions_init(&actions);
+        ::posix_spawn_file_actions_adddup2(&actions, writer.get(), output_fd);
+        EXPECT_EQ(
+            ::posix_spawn(&pid_, words[0].c_str(), &actions, nullptr, arguments.data(), environ),
+            0);
+        ::posix_spawn_file_actions_destroy(&actions);
+    }
+    ~Process() { kill(); }
+    Process(const Process&) = delete;
+    Process& operator=(const Process&) = delete;
+
+    /// Reads until the output contains `text`. Its end would mean that the program has ended.
+    void wait_for(std::string_view text) {
+        std::string seen;
+        char next = 0;
+        while (seen.find(text) == std::string::npos) {
+            if (::read(output_.get(), &next, 1) != 1) {
+                ADD_FAILURE() << "it said: " << seen;
+                return;
+            }
+            seen += next;
+        }
+    }
+    /// Waits for its end, and returns how it was.
+    int wait() {
+        int status = -1;
+        ::waitpid(std::exchange(pid_, -1), &status, 0);
+        return status;
+    }
+    void kill() {
+        if (pid_ > 0) {
+            ::kill(pid_, SIGKILL);
+            wait();
+        }
+    }
+
+  private:
+    pid_t pid_ = -1;
+    UniqueFd output_;
+};
+
+/// A running vhost_memdisk.
+class ServerProcess : public Process {
+  public:
+    ServerProcess(const std::string& socket, const std::string& file, bool hold, bool would_block)
+        : Process(words_for(socket, file, hold, would_block)) {
+        wait_for("ready");  // The socket is there.
+    }
+
+  private:
+    static std::vector<std::string> words_for(const std::string& socket, const std::string& file,
+                                              bool hold, bool would_block) {
         std::vector<std::string> words = {STELLARIUM_VHOST_MEMDISK,
                                           "--socket",
                                           socket,
@@ -36,58 +101,8 @@ class ServerProcess {
         if (would_block) {
             words.emplace_back("--would-block");
         }
-        std::vector<char*> arguments;
-        arguments.reserve(words.size() + 1);
-        for (std::string& word : words) {
-            arguments.push_back(word.data());
-        }
-        arguments.push_back(nullptr);
-        std::array<int, 2> output{};
-        EXPECT_EQ(::pipe2(output.data(), O_CLOEXEC), 0);
-        UniqueFd reader(output[0]);
-        UniqueFd writer(output[1]);
-        posix_spawn_file_actions_t actions;
-        ::posix_spawn_file_actions_init(&actions);
-        ::posix_spawn_file_actions_adddup2(&actions, writer.get(), STDOUT_FILENO);
-        EXPECT_EQ(
-            ::posix_spawn(&pid_, words[0].c_str(), &actions, nullptr, arguments.data(), environ),
-            0);
-        ::posix_spawn_file_actions_destroy(&actions);
-        writer.reset();
-        // It says "ready" when the socket is there; the end of the file would mean that it died.
-        std::array<char, 6> ready{};
-        EXPECT_EQ(::read(reader.get(), ready.data(), ready.size()), 6);
+        return words;
     }
-    ~ServerProcess() { kill(); }
-    ServerProcess(const ServerProcess&) = delete;
-    ServerProcess& operator=(const ServerProcess&) = delete;
-
-    void kill() {
-        if (pid_ > 0) {
-            ::kill(pid_, SIGKILL);
-            ::waitpid(pid_, nullptr, 0);
-            pid_ = -1;
-        }
-    }
-
-  private:
-    pid_t pid_ = -1;
-};
-
-class RecoveryTest : public ::testing::Test {
-  protected:
-    static constexpr uint32_t kPage = 4096;
-
-    void SetUp() override {
-        file_ = folder_ / "disk";
-        socket_ = folder_ / "socket";
-        std::ofstream(file_).close();
-        ASSERT_EQ(::truncate(file_.c_str(), 4 * kMiB), 0);
-    }
-
-    TemporaryFolder folder_;
-    std::string file_;
-    std::string socket_;
 };
 
 /// One place on the disk, written and read back in turn.
@@ -106,11 +121,33 @@ void stamp(MutableBytes page, uint64_t sector, uint64_t generation) {
     }
 }
 
-TEST_F(RecoveryTest, KilledAtAnyMomentNothingIsLostOrDoneTwice) {
-    const char* scale_text = std::getenv("STELLARIUM_TEST_SCALE");
-    uint64_t kills = 25 * (scale_text == nullptr ? 1 : std::strtoull(scale_text, nullptr, 10));
-    const char* seed_text = std::getenv("STELLARIUM_TEST_SEED");
-    uint64_t seed = seed_text == nullptr ? 1 : std::strtoull(seed_text, nullptr, 10);
+class RecoveryTest : public ::testing::Test {
+  protected:
+    static constexpr uint32_t kPage = 4096;
+
+    void SetUp() override {
+        file_ = folder_ / "disk";
+        socket_ = folder_ / "socket";
+        std::ofstream(file_).close();
+        ASSERT_EQ(::truncate(file_.c_str(), 4 * kMiB), 0);
+    }
+
+    /// Makes servers and kills them, `kills` times, while two queues of requests are in flight.
+    /// Every answer and every read is checked on the way; the last server lives to finish all.
+    void hammer(const std::string& socket, uint64_t kills,
+                const std::function<std::unique_ptr<Process>(std::mt19937_64& random)>& start);
+
+    std::array<std::vector<Worker>, 2> workers_;
+    std::unique_ptr<TestGuest> guest_;
+    TemporaryFolder folder_;
+    std::string file_;
+    std::string socket_;
+};
+
+void RecoveryTest::hammer(
+    const std::string& socket, uint64_t kills,
+    const std::function<std::unique_ptr<Process>(std::mt19937_64& random)>& start) {
+    const uint64_t seed = first_seed();
     SCOPED_TRACE("STELLARIUM_TEST_SEED=" + std::to_string(seed));
     std::mt19937_64 random(seed);
 
@@ -119,8 +156,9 @@ TEST_F(RecoveryTest, KilledAtAnyMomentNothingIsLostOrDoneTwice) {
     options.queues = 2;
     options.queue_size = 64;
     options.protocol_features |= bit(ProtocolFeature::kConfigureMemSlots);
-    TestGuest guest(options);
-    std::array<std::vector<Worker>, 2> workers;
+    guest_ = std::make_unique<TestGuest>(options);
+    TestGuest& guest = *guest_;
+    std::array<std::vector<Worker>, 2>& workers = workers_;
     for (uint16_t q = 0; q < 2; ++q) {
         workers[q].resize(24);
         for (size_t i = 0; i < workers[q].size(); ++i) {
@@ -163,8 +201,8 @@ TEST_F(RecoveryTest, KilledAtAnyMomentNothingIsLostOrDoneTwice) {
 
     for (uint64_t life = 0; life <= kills; ++life) {
         bool last = life == kills;
-        ServerProcess server(socket_, file_, /*hold=*/false, /*would_block=*/random() % 3 == 0);
-        guest.connect(socket_);
+        const std::unique_ptr<Process> server = start(random);
+        guest.connect(socket);
         uint64_t target = done + random() % 300;
         while (done < target) {
             for (uint16_t q = 0; q < 2; ++q) {
@@ -203,10 +241,17 @@ TEST_F(RecoveryTest, KilledAtAnyMomentNothingIsLostOrDoneTwice) {
         for (uint64_t spin = random() % 30'000; spin > 0; --spin) {
             (void)guest.queue(0).used_index();
         }
-        server.kill();
+        server->kill();
     }
+}
+
+TEST_F(RecoveryTest, KilledAtAnyMomentNothingIsLostOrDoneTwice) {
+    hammer(socket_, scaled(25, 5), [&](std::mt19937_64& random) {
+        return std::make_unique<ServerProcess>(socket_, file_, /*hold=*/false,
+                                               /*would_block=*/random() % 3 == 0);
+    });
     std::ifstream disk(file_, std::ios::binary);
-    for (const auto& group : workers) {
+    for (const auto& group : workers_) {
         for (const Worker& worker : group) {
             std::array<std::byte, kPage> expected;
             std::array<std::byte, kPage> found;
@@ -214,6 +259,68 @@ TEST_F(RecoveryTest, KilledAtAnyMomentNothingIsLostOrDoneTwice) {
             disk.seekg(static_cast<std::streamoff>(worker.sector * 512));
             disk.read(reinterpret_cast<char*>(found.data()), kPage);
             if (worker.generation > 0) {
+                EXPECT_EQ(found, expected) << "sector " << worker.sector;
+            }
+        }
+    }
+}
+
+/// A store with one attached volume, and the daemon that serves it.
+class DaemonRecoveryTest : public RecoveryTest {
+  protected:
+    void SetUp() override {
+        RecoveryTest::SetUp();
+        // Before any thread is started.
+        ::setenv("STELLARIUM_RUNTIME_DIR", (folder_ / "run").c_str(), 1);
+        store_ = folder_ / "store";
+        link_ = folder_ / "volume.sock";
+        ctl({"init"});
+        ctl({"volume", "create", "volume", "--size", "4MiB"});
+        const auto daemon = start();
+        ctl({"attach", "volume", "--vhost-user", link_, "--queues", "2"});
+    }
+    void TearDown() override { ::unsetenv("STELLARIUM_RUNTIME_DIR"); }
+
+    void ctl(const std::vector<std::string>& words) const {
+        std::vector<std::string> all = {STELLARIUM_CTL, "--store", store_};
+        all.insert(all.end(), words.begin(), words.end());
+        EXPECT_EQ(Process(all).wait(), 0) << words[0];
+    }
+    /// Little memory and an early write-back, so that a kill meets both at work.
+    std::unique_ptr<Process> start() const {
+        auto daemon = std::make_unique<Process>(
+            std::vector<std::string>{STELLARIUM_DAEMON, "--store", store_, "--threads", "2",
+                                     "--memory", "16MiB", "--writeback-age-ms", "50"},
+            STDERR_FILENO);
+        daemon->wait_for("event=ready");
+        return daemon;
+    }
+
+    std::string store_;
+    std::string link_;
+};
+
+TEST_F(DaemonRecoveryTest, UnflushedWritesOutliveTheDaemonHoweverOftenItIsKilled) {
+    hammer(link_, scaled(25, 5), [&](std::mt19937_64&) { return start(); });
+    if (HasFatalFailure()) {
+        return;
+    }
+    guest_.reset();
+    // Killed once more, with everything acknowledged.
+    for (int again = 0; again < 2; ++again) {
+        const auto daemon = start();
+        TestGuest reader;
+        reader.connect(link_);
+        for (const auto& group : workers_) {
+            for (const Worker& worker : group) {
+                if (worker.generation == 0) {
+                    continue;
+                }
+                std::array<std::byte, kPage> expected;
+                std::array<std::byte, kPage> found;
+                stamp(expected, worker.sector, worker.generation);
+                EXPECT_EQ(value_of(reader.driver().read(worker.sector * 512, found), "read"),
+                          kBlkStatusOk);
                 EXPECT_EQ(found, expected) << "sector " << worker.sector;
             }
         }
