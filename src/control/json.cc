@@ -1,6 +1,7 @@
 #include "control/json.h"
 
 #include <algorithm>
+#include <set>
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -18,7 +19,60 @@ std::string to_pretty_text(const Json& value) {
     return value.dump(2, ' ', false, Json::error_handler_t::replace);
 }
 
-Result<Json> parse_json(std::string_view text, std::string_view what) {
+namespace {
+
+/// What parsing would have to build, counted without building it. Of text that is no JSON at least
+/// as much as the parser would build before it sees that.
+Result<void> check_shape(std::string_view text, std::string_view what, size_t max_values) {
+    size_t depth = 0;
+    size_t values = 1;
+    bool in_string = false;
+    for (size_t at = 0; at < text.size(); ++at) {
+        const char c = text[at];
+        if (in_string) {
+            if (c == '\\') {
+                ++at;
+            } else if (c == '"') {
+                in_string = false;
+            }
+            continue;
+        }
+        switch (c) {
+            case '"':
+                in_string = true;
+                break;
+            case '[':
+            case '{':
+                ++depth;
+                ++values;
+                break;
+            case ']':
+            case '}':
+                depth -= depth == 0 ? 0 : 1;
+                break;
+            case ',':
+                ++values;
+                break;
+            default:
+                break;
+        }
+        if (depth > kMaxJsonDepth) {
+            return fail(ErrorCode::kLimitExceeded,
+                        fmt::format("the {} nests deeper than {} levels at byte {}", what,
+                                    kMaxJsonDepth, at));
+        }
+        if (values > max_values) {
+            return fail(ErrorCode::kLimitExceeded,
+                        fmt::format("the {} has more than {} values", what, max_values));
+        }
+    }
+    return {};
+}
+
+}  // namespace
+
+Result<Json> parse_json(std::string_view text, std::string_view what, size_t max_values) {
+    STELLARIUM_TRY(check_shape(text, what, max_values));
     try {
         return Json::parse(text);
     } catch (const Json::parse_error& error) {
@@ -29,6 +83,33 @@ Result<Json> parse_json(std::string_view text, std::string_view what) {
         return fail(ErrorCode::kInvalidArgument,
                     fmt::format("the {} is not valid JSON: {}", what, error.what()));
     }
+}
+
+Result<void> refuse_repeated_keys(std::string_view text, std::string_view what) {
+    std::vector<std::set<std::string>> objects;
+    std::optional<std::string> repeated;
+    const auto see = [&](int, Json::parse_event_t event, Json& parsed) {
+        if (event == Json::parse_event_t::object_start) {
+            objects.emplace_back();
+        } else if (event == Json::parse_event_t::object_end) {
+            objects.pop_back();
+        } else if (event == Json::parse_event_t::key &&
+                   !objects.back().insert(parsed.get<std::string>()).second) {
+            repeated = parsed.get<std::string>();
+        }
+        return true;
+    };
+    try {
+        const Json ignored = Json::parse(text, see);
+    } catch (const Json::exception& error) {
+        return fail(ErrorCode::kInvalidArgument,
+                    fmt::format("the {} is not valid JSON: {}", what, error.what()));
+    }
+    if (repeated) {
+        return fail(ErrorCode::kInvalidArgument,
+                    fmt::format("the {} gives '{}' more than once", what, *repeated));
+    }
+    return {};
 }
 
 ObjectReader::ObjectReader(const Json& object, std::string what)

@@ -33,8 +33,17 @@ std::string to_text(const Json& value);
 /// The same over several lines, for people and files.
 std::string to_pretty_text(const Json& value);
 
-/// kInvalidArgument naming `what` and the byte where parsing stopped.
-Result<Json> parse_json(std::string_view text, std::string_view what);
+/// Arrays and objects within each other.
+inline constexpr size_t kMaxJsonDepth = 64;
+
+/// kInvalidArgument naming `what` and the byte where parsing stopped; kLimitExceeded, before memory
+/// is taken, for text that nests deeper than kMaxJsonDepth or has more than `max_values` values.
+Result<Json> parse_json(std::string_view text, std::string_view what,
+                        size_t max_values = std::numeric_limits<size_t>::max());
+
+/// kInvalidArgument naming a key that an object of the text, which parses, has twice: the parser
+/// takes one of them and says nothing.
+Result<void> refuse_repeated_keys(std::string_view text, std::string_view what);
 
 /// Reads one object key by key and collects everything that is wrong with it.
 /// The getters return a default after an error; call finish() before using what they gave.

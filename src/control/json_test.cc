@@ -98,5 +98,30 @@ TEST(PercentCode, ComesBackAndRefusesNonsense) {
     }
 }
 
+TEST(Json, TextThatWouldTakeMuchMemoryIsRefusedUnparsed) {
+    const auto code_of = [](const std::string& text, size_t max_values) {
+        const Result<Json> parsed = parse_json(text, "text", max_values);
+        return parsed ? std::nullopt : std::optional(parsed.error().code());
+    };
+    const std::string deepest = std::string(kMaxJsonDepth, '[') + std::string(kMaxJsonDepth, ']');
+    EXPECT_EQ(code_of(deepest, 1000), std::nullopt);
+    EXPECT_EQ(code_of("[" + deepest + "]", 1000), ErrorCode::kLimitExceeded);
+    EXPECT_EQ(code_of(std::string(size_t{16} << 20, '['), 1000), ErrorCode::kLimitExceeded);
+    EXPECT_EQ(code_of("[1,2,3]", 4), std::nullopt);
+    EXPECT_EQ(code_of("[1,2,3]", 3), ErrorCode::kLimitExceeded);
+    EXPECT_EQ(code_of("[{},{},{}]", 4), ErrorCode::kLimitExceeded);
+    // Text is not counted, whatever is in it.
+    EXPECT_EQ(code_of("[\"" + std::string(100, '[') + ",,,\\\",[\"]", 2), std::nullopt);
+}
+
+TEST(Json, RepeatedKeysAreFoundInTheirObject) {
+    EXPECT_TRUE(refuse_repeated_keys(R"({"a": {"b": 1}, "b": [{"a": 1}, {"a": 2}]})", "text"));
+    for (const char* text : {R"({"a": 1, "a": 2})", R"([{"x": {"b": 1, "c": 2, "b": 3}}])"}) {
+        const Result<void> refused = refuse_repeated_keys(text, "text");
+        ASSERT_FALSE(refused) << text;
+        EXPECT_EQ(refused.error().code(), ErrorCode::kInvalidArgument);
+    }
+}
+
 }  // namespace
 }  // namespace stellarium::control

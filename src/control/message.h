@@ -11,6 +11,9 @@
 
 namespace stellarium::control {
 
+/// What most requests may take.
+inline constexpr size_t kUsualJsonBytes = size_t{1} << 20;
+
 struct Request {
     std::string method;  ///< "GET", "POST", "PUT", "DELETE".
     std::string target;  ///< Path and query, percent-encoded: "/v1/images/debian".
@@ -38,6 +41,8 @@ class RequestHandler {
     /// True when a request of this method and target carries content rather than JSON. Asked
     /// before a body is read.
     virtual bool wants_upload(const std::string& method, const std::string& target) const = 0;
+    /// How long the body of such a request may be. Asked before it is read.
+    virtual size_t max_json_bytes(const std::string& method, const std::string& target) const;
     /// Never throws; errors are answers. May block as long as the operation takes.
     virtual Response handle(const Request& request) = 0;
 };

@@ -199,6 +199,10 @@ Result<std::string> percent_decode(std::string_view text) {
     return decoded;
 }
 
+size_t RequestHandler::max_json_bytes(const std::string&, const std::string&) const {
+    return kUsualJsonBytes;
+}
+
 Response error_response(const Error& error) {
     return json_response(error_mapping(error.code()).http_status, error_to_json(error));
 }
@@ -326,7 +330,7 @@ struct ControlService::Impl {
 
     /// The request's JSON body.
     static Result<Json> body_of(const Call& call) {
-        return parse_json(call.request.body, "request body");
+        return parse_json(call.request.body, "request body", kMaxJsonValues);
     }
 
     // --- The store ------------------------------------------------------------------------------
@@ -699,8 +703,8 @@ const std::array<ControlService::Impl::Row, 28> ControlService::Impl::kRows{{
     {{"DELETE", "/v1/volumes/{name}", "removeVolume", 204}, &Impl::remove_volume},
     {{"POST", "/v1/volumes/{name}/resize", "resizeVolume", 200}, &Impl::resize_volume},
     {{"POST", "/v1/volumes/{name}/rename", "renameVolume", 200}, &Impl::rename_volume},
-    {{"POST", "/v1/clones", "clone", 201}, &Impl::clone},
-    {{"POST", "/v1/removals", "removeMany", 204}, &Impl::remove_many},
+    {{"POST", "/v1/clones", "clone", 201, false, false, true}, &Impl::clone},
+    {{"POST", "/v1/removals", "removeMany", 204, false, false, true}, &Impl::remove_many},
     {{"GET", "/v1/diff", "diff", 200}, &Impl::diff},
     {{"GET", "/v1/content", "getContent", 200, false, true}, &Impl::get_content},
     {{"GET", "/v1/snapshots", "listSnapshots", 200}, &Impl::list_snapshots},
@@ -742,6 +746,15 @@ bool ControlService::wants_upload(const std::string& method, const std::string& 
                return row.info.upload && row.info.method == method &&
                       match(row.info.path, parsed->segments);
            });
+}
+
+size_t ControlService::max_json_bytes(const std::string& method, const std::string& target) const {
+    const Result<ParsedTarget> parsed = parse_target(target);
+    const bool long_body = parsed && std::ranges::any_of(Impl::kRows, [&](const Impl::Row& row) {
+                               return row.info.long_body && row.info.method == method &&
+                                      match(row.info.path, parsed->segments);
+                           });
+    return long_body ? kMaxJsonBytes : kUsualJsonBytes;
 }
 
 Response ControlService::handle(const Request& request) {

@@ -25,9 +25,11 @@
 namespace stellarium::control {
 
 inline constexpr std::string_view kApiVersion = "v1";
-/// Bound of one JSON request; the largest is a clone of kMaxClonesPerCall names.
+/// Bound of requests that carry lists; the largest is a clone of kMaxClonesPerCall names.
 inline constexpr size_t kMaxJsonBytes = size_t{16} << 20;
 static_assert(nova::kMaxClonesPerCall * (128 + 4) + 4096 <= kMaxJsonBytes);
+/// Values in one request. The names of such a clone and a few more.
+inline constexpr size_t kMaxJsonValues = 2 * nova::kMaxClonesPerCall;
 inline constexpr uint64_t kMaxDiffRanges = 100'000;  ///< In one answer; the client asks on.
 
 /// One row of the table of operations.
@@ -36,8 +38,9 @@ struct RouteInfo {
     std::string_view path;  ///< With {placeholders}: "/v1/images/{name}".
     std::string_view operation;
     int success_status;
-    bool upload = false;    ///< The request's body is a sparse stream.
-    bool download = false;  ///< The answer's body is a sparse stream.
+    bool upload = false;     ///< The request's body is a sparse stream.
+    bool download = false;   ///< The answer's body is a sparse stream.
+    bool long_body = false;  ///< Up to kMaxJsonBytes instead of kUsualJsonBytes.
 };
 
 struct ServiceOptions {
@@ -52,6 +55,7 @@ class ControlService final : public RequestHandler {
     ControlService(nova::Pool& pool, ServiceOptions options);
     ~ControlService() override;
 
+    size_t max_json_bytes(const std::string& method, const std::string& target) const override;
     bool wants_upload(const std::string& method, const std::string& target) const override;
     Response handle(const Request& request) override;
 

@@ -6,7 +6,10 @@
 #include <thread>
 
 #include <gtest/gtest.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <sys/vfs.h>
 
 #include "control/client.h"
@@ -95,13 +98,16 @@ TEST(Config, ReportsEveryFault) {
         EXPECT_EQ(finish_config(config).size(), 1U) << of_the_system;
     }
     EXPECT_FALSE(apply_settings(json("[]"), config).empty());
+    EXPECT_EQ(apply_settings(json(R"({"metrics_listen": "nosuchhost:1"})"), config).size(), 1U);
 }
 
 TEST(HostPort, IsTakenApart) {
     EXPECT_EQ(*parse_host_port("127.0.0.1:80"),
               (std::pair<std::string, uint16_t>("127.0.0.1", 80)));
     EXPECT_EQ(*parse_host_port("[::1]:0"), (std::pair<std::string, uint16_t>("::1", 0)));
-    for (const char* wrong : {"", "80", ":80", "host:", "host:x", "host:65536", "::1:80", "[]:1"}) {
+    EXPECT_EQ(*parse_host_port("localhost:1"), (std::pair<std::string, uint16_t>("127.0.0.1", 1)));
+    for (const char* wrong : {"", "80", ":80", "host:", "host:x", "host:65536", "::1:80", "[]:1",
+                              "nosuchhost:1", "300.1.1.1:80"}) {
         EXPECT_FALSE(parse_host_port(wrong)) << wrong;
     }
 }
@@ -323,6 +329,137 @@ TEST(Http, ARunningRequestIsAnsweredBeforeTheServerStops) {
     handler.gate_.set_value();
     EXPECT_TRUE(answer.get());
     stopper.join();
+}
+
+/// Fails as a library may.
+class ThrowingHandler final : public control::RequestHandler {
+  public:
+    bool wants_upload(const std::string&, const std::string&) const override { return false; }
+    control::Response handle(const control::Request& request) override {
+        if (request.target == "/v1/memory") {
+            throw std::bad_alloc();
+        }
+        throw std::runtime_error("what a library says");
+    }
+};
+
+TEST(Http, ARequestThatThrowsIsAnsweredWithAnError) {
+    const Folder folder;
+    ThrowingHandler handler;
+    HttpServer server({});
+    must(server.listen_unix(folder.file("c.sock"), {}, handler));
+    const auto client = must(control::connect_unix(folder.file("c.sock")));
+    const auto memory = client->call("GET", "/v1/memory");
+    ASSERT_FALSE(memory);
+    EXPECT_EQ(memory.error().code(), ErrorCode::kLimitExceeded);
+    const auto other = client->call("GET", "/v1/x");
+    ASSERT_FALSE(other);
+    EXPECT_NE(other.error().message().find("what a library says"), std::string::npos);
+}
+
+int connect_tcp(uint16_t port) {
+    const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    sockaddr_in address{};
+    address.sin_family = AF_INET;
+    address.sin_port = htons(port);
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    EXPECT_EQ(connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof address), 0);
+    return fd;
+}
+
+TEST_F(HttpTest, IdleConnectionsLockOutNobody) {
+    const std::string path = folder_.file("few.sock");
+    HttpServerOptions options;
+    options.max_connections = 3;
+    options.max_tcp_connections = 2;
+    HttpServer server(options);
+    must(server.listen_unix(path, {}, service_));
+    const uint16_t port = must(server.listen_tcp("127.0.0.1:0", service_));
+    std::vector<int> held;
+    for (int i = 0; i < 12; ++i) {
+        held.push_back(connect_tcp(port));
+    }
+    must(must(control::connect_unix(path))->call("GET", "/v1/images"));
+    for (int i = 0; i < 12; ++i) {
+        held.push_back(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+        sockaddr_un address{};
+        address.sun_family = AF_UNIX;
+        path.copy(static_cast<char*>(address.sun_path), sizeof address.sun_path - 1);
+        ASSERT_EQ(::connect(held.back(), reinterpret_cast<sockaddr*>(&address), sizeof address), 0);
+    }
+    must(must(control::connect_unix(path))->call("GET", "/v1/images"));
+    const int scraper = connect_tcp(port);
+    const std::string ask = "GET /v1/images HTTP/1.1\r\nHost: x\r\n\r\n";
+    ASSERT_EQ(send(scraper, ask.data(), ask.size(), 0), static_cast<ssize_t>(ask.size()));
+    std::array<char, 15> answer{};
+    EXPECT_EQ(recv(scraper, answer.data(), answer.size(), MSG_WAITALL), 15);
+    EXPECT_EQ(std::string(answer.data(), answer.size()), "HTTP/1.1 200 OK");
+    close(scraper);
+    for (const int fd : held) {
+        close(fd);
+    }
+}
+
+TEST_F(HttpTest, StalledExportsEndAndNoUserTakesAll) {
+    Extents content(30);
+    must(connect()->upload("/v1/images/x", content));
+    const std::string path = folder_.file("few.sock");
+    const auto download = [&path](control::ControlClient& client) {
+        return client.download("/v1/content?source=x");
+    };
+    {
+        HttpServerOptions options;
+        options.max_streams = 2;
+        options.max_streams_per_user = 2;
+        options.stall_timeout = std::chrono::milliseconds(50);
+        HttpServer server(options);
+        must(server.listen_unix(path, {}, service_));
+        // Nobody reads these.
+        const auto one = must(control::connect_unix(path));
+        const auto first = must(download(*one));
+        const auto two = must(control::connect_unix(path));
+        const auto second = must(download(*two));
+        const auto three = must(control::connect_unix(path));
+        while (true) {
+            const auto third = download(*three);
+            if (third) {
+                break;
+            }
+            ASSERT_EQ(third.error().code(), ErrorCode::kBusy) << third.error().message();
+        }
+        // What was broken off does not look complete.
+        Result<std::optional<SparseExtent>> rest = first->next();
+        while (rest && *rest) {
+            rest = first->next();
+        }
+        EXPECT_FALSE(rest);
+    }
+    HttpServerOptions options;
+    options.max_streams_per_user = 1;
+    HttpServer server(options);
+    must(server.listen_unix(path, {}, service_));
+    const auto one = must(control::connect_unix(path));
+    const auto first = must(download(*one));
+    const auto two = must(control::connect_unix(path));
+    const auto refused = download(*two);
+    ASSERT_FALSE(refused);
+    EXPECT_EQ(refused.error().code(), ErrorCode::kBusy);
+}
+
+TEST_F(HttpTest, BodiesAreBoundedByWhatTheyAreFor) {
+    const auto client = connect();
+    const Json long_name{{"name", std::string(2 * kMiB, 'x')}, {"size_bytes", 4096}};
+    const auto refused = client->call("POST", "/v1/volumes", long_name);
+    ASSERT_FALSE(refused);
+    EXPECT_EQ(refused.error().code(), ErrorCode::kLimitExceeded) << refused.error().message();
+    // A list may be that long.
+    const auto clones = client->call(
+        "POST", "/v1/clones",
+        Json{{"source", "nothing"},
+             {"names", std::vector<std::string>(
+                           30'000, long_name.at("name").get<std::string>().substr(0, 100))}});
+    ASSERT_FALSE(clones);
+    EXPECT_NE(clones.error().code(), ErrorCode::kLimitExceeded) << clones.error().message();
 }
 
 TEST(Http, AFileThatIsNoSocketStays) {

@@ -25,6 +25,9 @@ class DaemonHandler final : public control::RequestHandler {
   public:
     DaemonHandler(control::RequestHandler& service, Metrics& metrics, Log& log)
         : service_(service), metrics_(metrics), metrics_page_(metrics), log_(log) {}
+    size_t max_json_bytes(const std::string& method, const std::string& target) const override {
+        return service_.max_json_bytes(method, target);
+    }
     bool wants_upload(const std::string& method, const std::string& target) const override {
         return service_.wants_upload(method, target);
     }

@@ -13,7 +13,9 @@
 #include <condition_variable>
 #include <future>
 #include <limits>
+#include <map>
 #include <mutex>
+#include <new>
 #include <set>
 #include <thread>
 #include <utility>
@@ -32,6 +34,7 @@
 #include <boost/beast/core/flat_buffer.hpp>
 #include <boost/beast/http.hpp>
 #include <fmt/format.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -77,6 +80,7 @@ struct HttpServer::Impl : std::enable_shared_from_this<Impl> {
     std::vector<std::shared_ptr<Listener>> listeners;
     std::set<Session*> sessions;
     unsigned running_streams = 0;
+    std::map<uid_t, unsigned> streams_of_user;  ///< No entry for none.
     bool stopping = false;
 
     std::mutex idle_mutex;
@@ -100,20 +104,25 @@ struct HttpServer::Impl : std::enable_shared_from_this<Impl> {
 };
 
 struct HttpServer::Impl::Listener : std::enable_shared_from_this<Listener> {
-    Listener(std::shared_ptr<Impl> server_in, RequestHandler& handler_in)
+    Listener(std::shared_ptr<Impl> server_in, RequestHandler& handler_in,
+             unsigned max_connections_in)
         : server(std::move(server_in)),
           handler(handler_in),
+          max_connections(max_connections_in),
           acceptor(server->io),
           retry(server->io) {}
 
     std::shared_ptr<Impl> server;
     RequestHandler& handler;
+    const unsigned max_connections;
+    unsigned connections = 0;
     asio::basic_socket_acceptor<Protocol, asio::io_context::executor_type> acceptor;
     asio::steady_timer retry;
     std::string socket_path;
     bool accepting = false;
 
     void accept();
+    void close_longest_idle(const Session* but);
     void close() {
         ErrorCodeOfBoost ignored;
         ignored = acceptor.close(ignored);
@@ -126,8 +135,19 @@ struct HttpServer::Impl::Listener : std::enable_shared_from_this<Listener> {
 
 class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
   public:
-    Session(std::shared_ptr<Impl> server, RequestHandler& handler, Stream::socket_type socket)
-        : server_(std::move(server)), handler_(handler), stream_(std::move(socket)) {
+    Session(std::shared_ptr<Listener> listener, Stream::socket_type socket)
+        : listener_(std::move(listener)),
+          server_(listener_->server),
+          handler_(listener_->handler),
+          stream_(std::move(socket)) {
+        if (!listener_->socket_path.empty()) {
+            ucred peer{};
+            socklen_t length = sizeof peer;
+            if (getsockopt(stream_.socket().native_handle(), SOL_SOCKET, SO_PEERCRED, &peer,
+                           &length) == 0) {
+                user_ = peer.uid;
+            }
+        }
         // Beast reads as much as the buffer has room for, which would be 512 bytes at first.
         buffer_.reserve(kReadBytes);
     }
@@ -138,6 +158,7 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
 
     void read_header() {
         activity_ = Activity::kIdle;
+        idle_since_ = std::chrono::steady_clock::now();
         if (server_->stopping) {
             return close();
         }
@@ -148,6 +169,18 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
         http::async_read_header(
             stream_, buffer_, *head_,
             [self = shared_from_this()](ErrorCodeOfBoost code, size_t) { self->on_header(code); });
+    }
+
+    const std::shared_ptr<Listener>& listener() const { return listener_; }
+    /// Since when it has waited for its client's request; nothing while it does one.
+    std::optional<std::chrono::steady_clock::time_point> idle_since() const {
+        return activity_ == Activity::kIdle && !evicted_ ? std::optional(idle_since_)
+                                                         : std::nullopt;
+    }
+    /// Makes room for another one.
+    void evict() {
+        evicted_ = true;
+        close_socket();
     }
 
     /// The server stops: an idle connection and a stream end now, a running request may answer.
@@ -189,11 +222,11 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
             return start_stream([self = shared_from_this()] { self->run_upload(); });
         }
         if (const auto length = head_->content_length();
-            length && *length > control::kMaxJsonBytes) {
+            length && *length > handler_.max_json_bytes(request_.method, request_.target)) {
             return on_read_error(http::error::body_limit);
         }
         body_ = std::make_unique<http::request_parser<http::string_body>>(std::move(*head_));
-        body_->body_limit(control::kMaxJsonBytes);
+        body_->body_limit(handler_.max_json_bytes(request_.method, request_.target));
         if (expects_continue_ && !body_->is_done()) {
             return send_continue([self = shared_from_this()](ErrorCodeOfBoost failed) {
                 failed ? self->close() : self->read_body();
@@ -240,7 +273,7 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
         body_.reset();
         activity_ = Activity::kBusy;
         asio::post(server_->workers, [self = shared_from_this()] {
-            auto response = std::make_shared<Response>(self->handler_.handle(self->request_));
+            auto response = std::make_shared<Response>(self->handle());
             asio::post(self->server_->io, [self, response] {
                 if (!response->download) {
                     return self->answer(std::move(*response));
@@ -248,6 +281,19 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
                 self->start_stream([self, response] { self->run_download(*response->download); });
             });
         });
+    }
+
+    /// A request that a stranger made must not end the process, whatever it made a library do.
+    Response handle() {
+        try {
+            return handler_.handle(request_);
+        } catch (const std::bad_alloc&) {
+            return control::error_response(
+                Error(ErrorCode::kLimitExceeded, "there is not enough memory for this request"));
+        } catch (const std::exception& error) {
+            return control::error_response(
+                Error(ErrorCode::kIo, fmt::format("unexpected: {}", error.what())));
+        }
     }
 
     /// Answers without content. I/O thread.
@@ -280,6 +326,15 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
                                   "not taken",
                                   server_->running_streams))));
         }
+        unsigned& of_user = server_->streams_of_user[user_];
+        if (of_user >= server_->options.max_streams_per_user) {
+            return answer(control::error_response(
+                Error(ErrorCode::kBusy,
+                      fmt::format("user {} runs {} imports and exports already; more at once are "
+                                  "not taken from one user",
+                                  user_, of_user))));
+        }
+        ++of_user;
         ++server_->running_streams;
         activity_ = Activity::kStream;
         asio::post(server_->streams, std::move(run));
@@ -289,6 +344,10 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
     void finish_stream(std::shared_ptr<Response> response) {
         asio::post(server_->io, [self = shared_from_this(), response = std::move(response)] {
             --self->server_->running_streams;
+            auto of_user = self->server_->streams_of_user.find(self->user_);
+            if (--of_user->second == 0) {
+                self->server_->streams_of_user.erase(of_user);
+            }
             if (!response) {
                 return self->close();
             }
@@ -307,15 +366,32 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
                 promise->set_value(asio::error::operation_aborted);
                 return;
             }
-            stream_.expires_never();
+            stream_.expires_after(server_->options.stall_timeout);
             start([promise](ErrorCodeOfBoost code, size_t = 0) { promise->set_value(code); });
         });
         return promise->get_future().get();
     }
 
+    /// Writes all of `buffers`, as long as some of it gets through now and then.
+    template <typename Buffers>
+    ErrorCodeOfBoost write(const Buffers& buffers) {
+        return wait([&](auto done) {
+            asio::async_write(
+                stream_, buffers,
+                [this](ErrorCodeOfBoost code, size_t) -> size_t {
+                    stream_.expires_after(server_->options.stall_timeout);
+                    return code ? 0 : kReadBytes;
+                },
+                std::move(done));
+        });
+    }
+
     Error stream_error(ErrorCodeOfBoost code, std::string_view what) const {
         if (code == asio::error::operation_aborted || code == asio::error::bad_descriptor) {
             return {ErrorCode::kCancelled, fmt::format("{}: the daemon is shutting down", what)};
+        }
+        if (code == beast::error::timeout) {
+            return {ErrorCode::kCancelled, fmt::format("{}: nothing came for too long", what)};
         }
         return {ErrorCode::kCancelled, fmt::format("{}: {}", what, code.message())};
     }
@@ -336,21 +412,19 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
             for (const Bytes piece : pieces) {
                 buffers.emplace_back(piece.data(), piece.size());
             }
-            code = wait([&](auto done) {
-                asio::async_write(stream_, http::make_chunk(buffers), std::move(done));
-            });
+            code = write(http::make_chunk(buffers));
         }
         if (!code) {
-            code = wait([&](auto done) {
-                asio::async_write(stream_, http::make_chunk_last(), std::move(done));
-            });
+            code = write(http::make_chunk_last());
         }
         finish_stream(nullptr);
     }
 
+    std::shared_ptr<Listener> listener_;
     std::shared_ptr<Impl> server_;
     RequestHandler& handler_;
     Stream stream_;
+    uid_t user_ = static_cast<uid_t>(-1);  ///< At the other end; that is none for TCP.
     beast::flat_buffer buffer_{kBufferBytes};
     std::unique_ptr<http::request_parser<http::empty_body>> head_;
     std::unique_ptr<http::request_parser<http::string_body>> body_;
@@ -359,6 +433,8 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
     bool keep_alive_ = false;
     bool expects_continue_ = false;
     bool closed_ = false;
+    bool evicted_ = false;
+    std::chrono::steady_clock::time_point idle_since_;
 };
 
 /// The body of an upload as the handler pulls it. The client is told to go on at the first pull.
@@ -409,7 +485,7 @@ void HttpServer::Impl::Session::run_upload() {
     {
         control::SparseDecoder decoder(std::make_unique<UploadBody>(*this));
         request_.upload = &decoder;
-        response = handler_.handle(request_);
+        response = handle();
         request_.upload = nullptr;
     }
     finish_stream(std::make_shared<Response>(std::move(response)));
@@ -417,10 +493,10 @@ void HttpServer::Impl::Session::run_upload() {
 
 void HttpServer::Impl::session_closed(Session* session) {
     sessions.erase(session);
-    for (const auto& listener : listeners) {
-        if (!listener->accepting) {
-            listener->accept();
-        }
+    const std::shared_ptr<Listener>& listener = session->listener();
+    --listener->connections;
+    if (!listener->accepting) {
+        listener->accept();
     }
     check_all_closed();
 }
@@ -433,9 +509,22 @@ void HttpServer::Impl::check_all_closed() {
     }
 }
 
+void HttpServer::Impl::Listener::close_longest_idle(const Session* but) {
+    Session* longest = nullptr;
+    for (Session* session : server->sessions) {
+        if (session != but && session->listener().get() == this && session->idle_since() &&
+            (longest == nullptr || *session->idle_since() < *longest->idle_since())) {
+            longest = session;
+        }
+    }
+    if (longest != nullptr) {
+        longest->evict();
+    }
+}
+
 void HttpServer::Impl::Listener::accept() {
     accepting = false;
-    if (server->stopping || server->sessions.size() >= server->options.max_connections) {
+    if (server->stopping || connections > max_connections) {
         return;  // The end of a session calls again.
     }
     accepting = true;
@@ -445,9 +534,11 @@ void HttpServer::Impl::Listener::accept() {
                 return;
             }
             if (!code) {
-                const auto session =
-                    std::make_shared<Session>(self->server, self->handler, std::move(socket));
+                const auto session = std::make_shared<Session>(self, std::move(socket));
                 self->server->sessions.insert(session.get());
+                if (++self->connections > self->max_connections) {
+                    self->close_longest_idle(session.get());
+                }
                 session->read_header();
                 return self->accept();
             }
@@ -509,7 +600,8 @@ Result<void> HttpServer::listen_unix(const std::string& path, const UnixListenOp
                                 path.size()));
     }
     STELLARIUM_TRY(clear_stale_socket(path));
-    const auto listener = std::make_shared<Impl::Listener>(impl_, handler);
+    const auto listener =
+        std::make_shared<Impl::Listener>(impl_, handler, impl_->options.max_connections);
     ErrorCodeOfBoost code;
     const asio::local::stream_protocol::endpoint endpoint(path);
     code = listener->acceptor.open(Protocol(AF_UNIX, 0), code);
@@ -555,27 +647,26 @@ Result<std::pair<std::string, uint16_t>> parse_host_port(const std::string& addr
         } else if (host.find(':') != std::string::npos) {
             host.clear();
         }
-        if (code == std::errc() && stop == end && !host.empty()) {
+        ErrorCodeOfBoost wrong;
+        host = host == "localhost" ? "127.0.0.1" : host;
+        asio::ip::make_address(host, wrong);
+        if (code == std::errc() && stop == end && !host.empty() && !wrong) {
             return std::pair{host, port};
         }
     }
     return fail(ErrorCode::kInvalidArgument,
-                fmt::format("'{}' is not an address to listen on (write HOST:PORT, for example "
-                            "127.0.0.1:9464 or [::1]:9464)",
+                fmt::format("'{}' is not an address to listen on (write IP:PORT, for example "
+                            "127.0.0.1:9464, localhost:9464 or [::1]:9464)",
                             address));
 }
 
 Result<uint16_t> HttpServer::listen_tcp(const std::string& address, RequestHandler& handler) {
     STELLARIUM_ASSIGN(const auto host_port, parse_host_port(address));
     ErrorCodeOfBoost code;
-    const std::string host = host_port.first == "localhost" ? "127.0.0.1" : host_port.first;
-    const asio::ip::address ip = asio::ip::make_address(host, code);
-    if (code) {
-        return fail(ErrorCode::kInvalidArgument,
-                    fmt::format("'{}' is not an IP address to listen on", host_port.first));
-    }
+    const asio::ip::address ip = asio::ip::make_address(host_port.first, code);
     const asio::ip::tcp::endpoint endpoint(ip, host_port.second);
-    const auto listener = std::make_shared<Impl::Listener>(impl_, handler);
+    const auto listener =
+        std::make_shared<Impl::Listener>(impl_, handler, impl_->options.max_tcp_connections);
     code = listener->acceptor.open(Protocol(endpoint.protocol().family(), IPPROTO_TCP), code);
     if (!code) {
         code = listener->acceptor.set_option(asio::socket_base::reuse_address(true), code);

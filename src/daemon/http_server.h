@@ -8,9 +8,10 @@
 // Threads: one thread does all socket work and never blocks. JSON requests run on `workers`
 // threads. Uploads and downloads, which last as long as the content is long, run on threads of
 // their own (at most max_streams), so they delay nobody else.
-// Bounds: header 16 KiB, JSON body control::kMaxJsonBytes, max_connections at once (further ones
-// wait in the socket's backlog), idle and slow clients are cut off after header_timeout; a content
-// stream may stall as long as its client does.
+// Bounds: header 16 KiB, JSON body what the handler takes; each listening socket has its own
+// number of connections, beyond which the longest idle one is closed, and further ones wait in the
+// backlog while none is idle; idle and slow clients are cut off after header_timeout, a content
+// stream of which no byte has moved after stall_timeout.
 // Strangers: everything is parsed by Boost.Beast within these bounds; a malformed request gets a
 // 400 and is disconnected.
 //
@@ -34,8 +35,11 @@ namespace stellarium::daemon {
 struct HttpServerOptions {
     unsigned workers = 4;
     unsigned max_streams = 16;
-    unsigned max_connections = 256;
-    std::chrono::seconds header_timeout{30};  ///< For a whole header, a JSON body, an answer.
+    unsigned max_streams_per_user = 12;  ///< Of the user at the other end of a unix socket.
+    unsigned max_connections = 256;      ///< Of each unix socket.
+    unsigned max_tcp_connections = 32;   ///< Of each TCP port.
+    std::chrono::milliseconds header_timeout{30'000};  ///< For a header, a JSON body, an answer.
+    std::chrono::milliseconds stall_timeout{60'000};   ///< For the next byte of a stream.
 };
 
 struct UnixListenOptions {
@@ -65,7 +69,7 @@ class HttpServer {
     std::shared_ptr<Impl> impl_;
 };
 
-/// Takes "HOST:PORT" apart. kInvalidArgument with an example.
+/// Takes "IP:PORT", "[V6]:PORT" or "localhost:PORT" apart. kInvalidArgument with an example.
 Result<std::pair<std::string, uint16_t>> parse_host_port(const std::string& address);
 
 }  // namespace stellarium::daemon
