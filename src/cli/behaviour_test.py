@@ -551,7 +551,19 @@ class Daemon(TestCase):
         self.assertEqual(self.daemon(s, "--config", s.folder / "none").returncode, 2)
         self.assertEqual(self.daemon(s, "--frob").returncode, 2)
         config.write_text(json.dumps({"memory": "1GiB", "log_format": "json"}))
-        self.assertEqual(self.daemon(s, "--config", config, "--check-config").returncode, 0)
+        missing = self.daemon(s, "--config", config, "--check-config")
+        self.assertEqual(missing.returncode, 2)
+        self.assertIn("there is no store", missing.stderr)
+        for text, why in (('{"memory": "1GiB", "memory": "2GiB"}', "'memory' more than once"),
+                          ('{"runtime_dir": "/"}', "directory of the whole system"),
+                          ('{"metrics_listen": "nosuchhost:1"}', "is not an address")):
+            config.write_text(text)
+            done = self.daemon(s, "--config", config, "--check-config")
+            self.assertEqual(done.returncode, 2)
+            self.assertIn(why, done.stderr)
+        made = self.store()
+        config.write_text(json.dumps({"memory": "1GiB"}))
+        self.assertEqual(self.daemon(made, "--config", config, "--check-config").returncode, 0)
 
     def test_manual_knows_all_options(self):
         manual = (SOURCE_ROOT / "docs/man/stellariumd.8").read_text().replace("\\-", "-")

@@ -1,5 +1,6 @@
 // stellariumd: reads what it is told, checks all of it, and runs the daemon.
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <sstream>
 
@@ -47,7 +48,9 @@ Result<Json> read_config_file(const std::string& path) {
     if (!file) {
         return fail(ErrorCode::kIo, "config file " + path + " cannot be read");
     }
-    return control::parse_json(text.str(), "config file " + path);
+    STELLARIUM_ASSIGN(Json settings, control::parse_json(text.str(), "config file " + path));
+    STELLARIUM_TRY(control::refuse_repeated_keys(text.str(), "config file " + path));
+    return settings;
 }
 
 int run(int argc, char** argv) {
@@ -131,6 +134,13 @@ int run(int argc, char** argv) {
         return kUsageExit;
     }
     if (check_only) {
+        // Starting says more of what is wrong with a store; this one is not even there.
+        std::error_code error;
+        if (!std::filesystem::exists(config.store + "/superblock", error)) {
+            complain("", {"'store' is " + config.store +
+                          ", and there is no store: create one with stellarctl init"});
+            return kUsageExit;
+        }
         return 0;
     }
     Log log(config.log_level, config.log_format);
