@@ -609,9 +609,25 @@ SimulatedFileSystem::SimulatedFileSystem(std::shared_ptr<State> state) : state_(
 
 SimulatedFileSystem::~SimulatedFileSystem() = default;
 
+std::unique_ptr<SimulatedFileSystem> SimulatedFileSystem::process_view() const {
+    std::unique_ptr<SimulatedFileSystem> view(new SimulatedFileSystem(state_));
+    const std::lock_guard guard(state_->mutex);
+    view->epoch_ = state_->epoch;
+    return view;
+}
+
+Result<void> SimulatedFileSystem::check_process(std::string_view path) const {
+    if (epoch_ && *epoch_ != state_->epoch) {
+        return fail(ErrorCode::kIo,
+                    fmt::format("{}: {} since this process began", path, state_->last_death));
+    }
+    return {};
+}
+
 Result<std::unique_ptr<File>> SimulatedFileSystem::open(const std::string& path, OpenMode mode) {
     state_->notify(OperationKind::kOpen, path);
     const std::lock_guard guard(state_->mutex);
+    STELLARIUM_TRY(check_process(path));
     auto place = state_->find_place("open", path);
     const bool may_create = mode == OpenMode::kCreate || mode == OpenMode::kCreateNew;
     const bool creates = place && !place->inode && may_create;
@@ -643,6 +659,7 @@ Result<std::unique_ptr<File>> SimulatedFileSystem::open(const std::string& path,
 Result<void> SimulatedFileSystem::make_directory(const std::string& path) {
     state_->notify(OperationKind::kMakeDirectory, path);
     const std::lock_guard guard(state_->mutex);
+    STELLARIUM_TRY(check_process(path));
     STELLARIUM_ASSIGN(
         const Admission admission,
         without_injected_error(state_->admit(OperationKind::kMakeDirectory, path, true),
@@ -665,6 +682,7 @@ Result<void> SimulatedFileSystem::rename(const std::string& from, const std::str
     const std::string both = from + " to " + to;
     state_->notify(OperationKind::kRename, both);
     const std::lock_guard guard(state_->mutex);
+    STELLARIUM_TRY(check_process(from));
     STELLARIUM_ASSIGN(
         const Admission admission,
         without_injected_error(state_->admit(OperationKind::kRename, both, true), "rename", both));
@@ -722,6 +740,7 @@ Result<void> SimulatedFileSystem::rename(const std::string& from, const std::str
 Result<void> SimulatedFileSystem::remove(const std::string& path) {
     state_->notify(OperationKind::kRemove, path);
     const std::lock_guard guard(state_->mutex);
+    STELLARIUM_TRY(check_process(path));
     STELLARIUM_ASSIGN(
         const Admission admission,
         without_injected_error(state_->admit(OperationKind::kRemove, path, true), "remove", path));
@@ -745,6 +764,7 @@ Result<void> SimulatedFileSystem::remove(const std::string& path) {
 Result<std::vector<DirectoryEntry>> SimulatedFileSystem::list(const std::string& directory) {
     state_->notify(OperationKind::kList, directory);
     const std::lock_guard guard(state_->mutex);
+    STELLARIUM_TRY(check_process(directory));
     STELLARIUM_TRY(without_injected_error(state_->admit(OperationKind::kList, directory, false),
                                           "list", directory));
     STELLARIUM_ASSIGN(const InodeRef inode, state_->find("list", directory));
@@ -761,6 +781,7 @@ Result<std::vector<DirectoryEntry>> SimulatedFileSystem::list(const std::string&
 Result<bool> SimulatedFileSystem::exists(const std::string& path) {
     state_->notify(OperationKind::kQuery, path);
     const std::lock_guard guard(state_->mutex);
+    STELLARIUM_TRY(check_process(path));
     STELLARIUM_TRY(
         without_injected_error(state_->admit(OperationKind::kQuery, path, false), "stat", path));
     return state_->find("stat", path).has_value();
@@ -769,6 +790,7 @@ Result<bool> SimulatedFileSystem::exists(const std::string& path) {
 Result<void> SimulatedFileSystem::sync_directory(const std::string& directory) {
     state_->notify(OperationKind::kSyncDirectory, directory);
     const std::lock_guard guard(state_->mutex);
+    STELLARIUM_TRY(check_process(directory));
     STELLARIUM_ASSIGN(
         const Admission admission,
         without_injected_error(state_->admit(OperationKind::kSyncDirectory, directory, true),
@@ -787,6 +809,7 @@ Result<void> SimulatedFileSystem::sync_directory(const std::string& directory) {
 Result<FileSystemSpace> SimulatedFileSystem::space(const std::string& path) {
     state_->notify(OperationKind::kQuery, path);
     const std::lock_guard guard(state_->mutex);
+    STELLARIUM_TRY(check_process(path));
     constexpr std::string_view kOperation = "ask for the free space of";
     STELLARIUM_TRY(without_injected_error(state_->admit(OperationKind::kQuery, path, false),
                                           kOperation, path));
@@ -801,6 +824,7 @@ Result<FileSystemSpace> SimulatedFileSystem::space(const std::string& path) {
 Result<FileSystemType> SimulatedFileSystem::type(const std::string& path) {
     state_->notify(OperationKind::kQuery, path);
     const std::lock_guard guard(state_->mutex);
+    STELLARIUM_TRY(check_process(path));
     constexpr std::string_view kOperation = "ask for the file system type of";
     STELLARIUM_TRY(without_injected_error(state_->admit(OperationKind::kQuery, path, false),
                                           kOperation, path));
@@ -819,6 +843,7 @@ Result<FileSystemType> SimulatedFileSystem::type(const std::string& path) {
 Result<std::unique_ptr<FileLock>> SimulatedFileSystem::lock(const std::string& path) {
     state_->notify(OperationKind::kLock, path);
     const std::lock_guard guard(state_->mutex);
+    STELLARIUM_TRY(check_process(path));
     auto place = state_->find_place("open lock file", path);
     STELLARIUM_ASSIGN(
         const Admission admission,
@@ -1033,6 +1058,12 @@ SimulatedMachine::SimulatedMachine(std::unique_ptr<SimulatedFileSystem> files, u
 
 Env SimulatedMachine::env() {
     return {.files = files_.get(), .clock = &clock_, .random = &random_};
+}
+
+Env SimulatedMachine::process_env() {
+    const std::lock_guard guard(processes_mutex_);
+    processes_.push_back(files_->process_view());
+    return {.files = processes_.back().get(), .clock = &clock_, .random = &random_};
 }
 
 }  // namespace stellarium::io

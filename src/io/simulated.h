@@ -27,7 +27,8 @@
 // (mount()) keep their content through that and are empty after a crash.
 //
 // After either, Files and FileLocks from before are dead: their calls fail with kIo and change
-// nothing; their mapped memory stays valid but is no longer part of the machine.
+// nothing; their mapped memory stays valid but is no longer part of the machine. The same holds for
+// what was given a process_env() before. env() itself knows no processes.
 //
 // Limits. Files reach 16 TiB and are sparse in pages of 4 KiB; copies of a machine share pages. A
 // file that was mapped shared lives in a memfd from then on, one descriptor a file, and copies of
@@ -55,6 +56,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "io/io.h"
 
@@ -141,6 +143,10 @@ class SimulatedFileSystem final : public FileSystem {
     Result<FileSystemType> type(const std::string& path) override;
     Result<std::unique_ptr<FileLock>> lock(const std::string& path) override;
 
+    /// The same file system as the process sees it that runs now: when that has died, every call
+    /// fails with kIo, as those of its files do.
+    std::unique_ptr<SimulatedFileSystem> process_view() const;
+
     // Set-up. These are not operations: they are not counted and cannot fail by injection.
 
     /// Creates a directory, and those above it, durably.
@@ -195,8 +201,11 @@ class SimulatedFileSystem final : public FileSystem {
     friend class SimulatedFile;
     friend class SimulatedLock;
     explicit SimulatedFileSystem(std::shared_ptr<State> state);
+    /// With the state's mutex held.
+    Result<void> check_process(std::string_view path) const;
 
     std::shared_ptr<State> state_;
+    std::optional<uint64_t> epoch_;  ///< Of a process_view().
 };
 
 /// Stands still until told otherwise.
@@ -235,7 +244,11 @@ class SimulatedMachine {
     /// A machine around files taken by fork() or crashed_copy().
     SimulatedMachine(std::unique_ptr<SimulatedFileSystem> files, uint64_t seed);
 
+    /// For whatever process runs.
     Env env();
+    /// For the process that runs now: its code can do nothing to the machine after its death,
+    /// whatever it still calls. Lives as long as the machine.
+    Env process_env();
     SimulatedFileSystem& files() { return *files_; }
     SimulatedClock& clock() { return clock_; }
     SeededRandom& random() { return random_; }
@@ -245,6 +258,8 @@ class SimulatedMachine {
 
   private:
     std::unique_ptr<SimulatedFileSystem> files_;
+    std::mutex processes_mutex_;
+    std::vector<std::unique_ptr<SimulatedFileSystem>> processes_;  ///< Guarded by processes_mutex_.
     SimulatedClock clock_;
     SeededRandom random_;
 };

@@ -809,6 +809,37 @@ TEST(SimulatedMachineTest, TheClockMovesWhenTold) {
     EXPECT_EQ(clock.wall(), std::chrono::seconds(10));
 }
 
+TEST(SimulatedMachineTest, ADeadProcessCanDoNothing) {
+    for (const bool power : {false, true}) {
+        SimulatedMachine machine(1);
+        machine.files().make_directories("/dir");
+        make_durable(machine.files(), "/file", filled(10, 1));
+        FileSystem& dead = *machine.process_env().files;
+        STELLARIUM_ASSERT_OK(dead.list("/"));
+        if (power) {
+            machine.crash(3);
+        } else {
+            machine.kill_process();
+        }
+        FileSystem& alive = *machine.process_env().files;
+        const OperationCounts before = machine.files().counts();
+        EXPECT_EQ(dead.open("/file", OpenMode::kReadOnly).error().code(), ErrorCode::kIo);
+        EXPECT_EQ(dead.open("/new", OpenMode::kCreate).error().code(), ErrorCode::kIo);
+        EXPECT_EQ(dead.make_directory("/new").error().code(), ErrorCode::kIo);
+        EXPECT_EQ(dead.rename("/file", "/new").error().code(), ErrorCode::kIo);
+        EXPECT_EQ(dead.remove("/file").error().code(), ErrorCode::kIo);
+        EXPECT_EQ(dead.list("/").error().code(), ErrorCode::kIo);
+        EXPECT_EQ(dead.exists("/file").error().code(), ErrorCode::kIo);
+        EXPECT_EQ(dead.sync_directory("/").error().code(), ErrorCode::kIo);
+        EXPECT_EQ(dead.space("/").error().code(), ErrorCode::kIo);
+        EXPECT_EQ(dead.type("/").error().code(), ErrorCode::kIo);
+        EXPECT_EQ(dead.lock("/lock").error().code(), ErrorCode::kIo);
+        EXPECT_EQ(machine.files().counts().total, before.total);
+        EXPECT_EQ(alive.list("/").value().size(), 2U);
+        STELLARIUM_EXPECT_OK(alive.lock("/lock"));
+    }
+}
+
 TEST(SimulatedMachineTest, TheSeedDecidesTheRandomness) {
     const auto draw = [](uint64_t seed) {
         SimulatedMachine machine(seed);

@@ -12,7 +12,9 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <map>
+#include <memory>
 #include <optional>
 #include <random>
 #include <set>
@@ -55,6 +57,19 @@ class Program {
         : random_(seed), pool_(seed, options_for(seed)), keeps_arena_(seed % 7 != 0) {}
 
     void run() {
+        try {
+            run_all();
+        } catch (const std::exception& error) {
+            ADD_FAILURE() << error.what();
+        }
+        if (failed()) {
+            fmt::print(stderr, "operations of the failed program:\n  {}\n",
+                       fmt::join(history_, "\n  "));
+        }
+    }
+
+  private:
+    void run_all() {
         for (int i = 0; i < kOperationsPerProgram && !failed(); ++i) {
             step();
         }
@@ -72,13 +87,8 @@ class Program {
             pool_.reopen();
             check_everything();
         }
-        if (failed()) {
-            fmt::print(stderr, "operations of the failed program:\n  {}\n",
-                       fmt::join(history_, "\n  "));
-        }
     }
 
-  private:
     bool failed() const { return ::testing::Test::HasFailure(); }
     void log(std::string what) { history_.push_back(std::move(what)); }
 
@@ -291,8 +301,8 @@ class Program {
     }
 
     /// A parent was renamed or removed: its descendants show it.
-    void parent_renamed(const std::string& from, const std::string& to) {
-        for (auto& [name, volume] : shadow_) {
+    static void parent_renamed(Shadow& shadow, const std::string& from, const std::string& to) {
+        for (auto& [name, volume] : shadow) {
             if (volume.parent_removed) {
                 continue;
             }
@@ -303,8 +313,8 @@ class Program {
             }
         }
     }
-    void parent_removed(const std::string& source) {
-        for (auto& [name, volume] : shadow_) {
+    static void parent_removed(Shadow& shadow, const std::string& source) {
+        for (auto& [name, volume] : shadow) {
             volume.parent_removed =
                 volume.parent_removed || volume.parent == source ||
                 (volume.parent.starts_with(source + "@") && source.find('@') == std::string::npos);
@@ -610,7 +620,7 @@ class Program {
             auto node = shadow_.extract(*from);
             node.key() = to;
             shadow_.insert(std::move(node));
-            parent_renamed(*from, to);
+            parent_renamed(shadow_, *from, to);
         }
     }
 
@@ -623,7 +633,7 @@ class Program {
         free_of_device(*name, [&] { return pool_->remove({*name}); });
         if (happened(pool_->remove({*name}))) {
             shadow_.erase(*name);
-            parent_removed(*name);
+            parent_removed(shadow_, *name);
         }
     }
 
@@ -636,7 +646,7 @@ class Program {
         log(fmt::format("remove snapshot {}@{}", *name, snapshot));
         if (happened(pool_->remove_snapshot(*name, snapshot))) {
             shadow_[*name].snapshots.erase(snapshot);
-            parent_removed(*name + "@" + snapshot);
+            parent_removed(shadow_, *name + "@" + snapshot);
         }
     }
 
@@ -865,67 +875,196 @@ class Program {
         tight_ = true;
     }
 
-    /// Stops the machine at some write of the next operation, which then happened or did not.
+    /// An operation that the machine stops in the middle of.
+    struct Cut {
+        std::string what;
+        std::function<Result<void>()> run;
+        /// What the operation makes of a shadow. It happens wholly or not at all.
+        std::function<void(Shadow&)> effect;
+        /// After a restart, when nobody was told: whether it has happened.
+        std::function<bool()> has_happened;
+        /// It brings what was dirty in the volume into the log, too.
+        bool flushes = false;
+    };
+
+    Result<void> import_all(const std::string& name, Bytes content) {
+        STELLARIUM_ASSIGN(const auto import, pool_->begin_import(name));
+        STELLARIUM_TRY(import->append(0, content));
+        STELLARIUM_TRY(import->finish(content.size()));
+        return {};
+    }
+
+    Cut cut_collection() {
+        return {.what = "collect garbage",
+                .run = [this]() -> Result<void> {
+                    STELLARIUM_TRY(pool_->gc({}));
+                    return {};
+                },
+                .effect = [](Shadow&) {},
+                .has_happened = [] { return false; }};
+    }
+    Cut cut_clone(const std::string& name, const std::string& fresh) {
+        return {.what = "clone",
+                .run = [=, this] { return pool_->clone(name, {fresh}); },
+                .effect =
+                    [=](Shadow& shadow) {
+                        shadow[fresh].content = shadow[name].content;
+                        shadow[fresh].parent = name;
+                    },
+                .has_happened = [=, this] { return pool_->find(fresh).has_value(); },
+                .flushes = true};
+    }
+    Cut cut_snapshot(const std::string& name, const std::string& fresh) {
+        return {
+            .what = "snapshot",
+            .run = [=, this]() -> Result<void> {
+                STELLARIUM_TRY(pool_->create_snapshot(name, fresh));
+                return {};
+            },
+            .effect = [=](Shadow& shadow) { shadow[name].snapshots[fresh] = shadow[name].content; },
+            .has_happened = [=, this] { return pool_->find(name + "@" + fresh).has_value(); },
+            .flushes = true};
+    }
+    Cut cut_rename(const std::string& name, const std::string& fresh) {
+        return {.what = "rename",
+                .run = [=, this] { return pool_->rename(name, fresh); },
+                .effect =
+                    [=](Shadow& shadow) {
+                        auto node = shadow.extract(name);
+                        node.key() = fresh;
+                        shadow.insert(std::move(node));
+                        parent_renamed(shadow, name, fresh);
+                    },
+                .has_happened = [=, this] { return pool_->find(fresh).has_value(); }};
+    }
+    Cut cut_remove(const std::string& name) {
+        release(name);
+        return {.what = "remove",
+                .run = [=, this] { return pool_->remove({name}); },
+                .effect =
+                    [=](Shadow& shadow) {
+                        shadow.erase(name);
+                        parent_removed(shadow, name);
+                    },
+                .has_happened = [=, this] { return !pool_->find(name).has_value(); }};
+    }
+    Cut cut_resize(const std::string& name) {
+        const uint64_t old_size = shadow_[name].content.size_bytes();
+        const uint64_t size = random_size();
+        if (size < old_size) {
+            release(name);
+        }
+        return {.what = fmt::format("resize to {}", size),
+                .run = [=, this]() -> Result<void> {
+                    STELLARIUM_TRY(pool_->resize(name, size));
+                    return {};
+                },
+                .effect = [=](Shadow& shadow) { shadow[name].content.resize(size); },
+                .has_happened =
+                    [=, this] {
+                        return size != old_size && must(pool_->find(name)).size_bytes == size;
+                    },
+                .flushes = size < old_size};
+    }
+    Cut cut_rollback(const std::string& name) {
+        release(name);
+        const auto snapshot = shadow_[name].snapshots.begin();
+        return {.what = "rollback to " + snapshot->first,
+                .run = [this, name, to = snapshot->first] { return pool_->rollback(name, to); },
+                .effect = [name, content = snapshot->second](
+                              Shadow& shadow) { shadow[name].content = content; },
+                .has_happened =
+                    [this, name, content = snapshot->second] {
+                        const auto reader = must(pool_->open_reader(name));
+                        std::vector<std::byte> actual(reader->size_bytes());
+                        must(reader->read(0, actual));
+                        return actual == content.read(0, content.size_bytes());
+                    },
+                .flushes = true};
+    }
+    Cut cut_import(const std::string& fresh) {
+        const auto data =
+            std::make_shared<const std::vector<std::byte>>(random_data(1 + below(700'000)));
+        return {.what = fmt::format("import {} bytes", data->size()),
+                .run = [=, this] { return import_all(fresh, *data); },
+                .effect =
+                    [=](Shadow& shadow) {
+                        ShadowVolume& image = shadow[fresh];
+                        image.is_image = true;
+                        image.content.resize(data->size());
+                        image.content.write(0, *data);
+                    },
+                .has_happened = [=, this] { return pool_->find(fresh).has_value(); }};
+    }
+    Cut cut_checkpoint() {
+        return {.what = "checkpoint",
+                .run = [this] { return pool_->checkpoint(); },
+                .effect = [](Shadow&) {},
+                .has_happened = [] { return false; }};
+    }
+
+    Cut choose_cut(const std::string& name) {
+        const std::string fresh = fresh_name();
+        const bool has_room = shadow_.size() < kMaxThings;
+        switch (below(10)) {
+            case 0:
+                return cut_checkpoint();
+            case 1:
+                return has_room ? cut_clone(name, fresh) : cut_checkpoint();
+            case 2:
+                return shadow_[name].snapshots.empty() ? cut_snapshot(name, fresh)
+                                                       : cut_rollback(name);
+            case 3:
+                return cut_rename(name, fresh);
+            case 4:
+                return shadow_.size() < 3 ? cut_snapshot(name, fresh) : cut_remove(name);
+            case 5:
+                return has_room ? cut_import(fresh) : cut_checkpoint();
+            case 6:
+                return cut_resize(name);
+            case 7:
+                return cut_snapshot(name, fresh);
+            default:
+                return cut_collection();
+        }
+    }
+
+    /// Stops the machine at some write of the next operation, which then happened or did not; also
+    /// when the disk is full.
     void cut_off() {
-        heal();
         const auto name = any(false);
         if (!name) {
             return;
         }
-        const bool power = chance(50);
-        const bool collecting = chance(30);
-        const uint64_t at = 1 + below(collecting ? 60 : 12);
-        const auto side = static_cast<io::HaltSide>(below(3));
-        log(fmt::format("cut off at mutation {}, side {}, {}", at, static_cast<int>(side),
-                        power ? "power" : "process"));
         // Something for the operation to append.
         if (const auto range = random_range(shadow_[*name].content)) {
             const auto data = random_data(range->second);
+            log(fmt::format("write {} [{}, +{})", *name, range->first, range->second));
             if (happened(testing::write(device(*name), range->first, data))) {
                 shadow_[*name].write(range->first, data);
+            } else if (!failed()) {
+                shadow_[*name].may_have_written(range->first, data);
+                check_content(*name, device(*name), &shadow_[*name], false);
             }
         }
+        const bool power = chance(50);
+        if (chance(25)) {
+            cut_off_guest_request(*name, power);
+        } else {
+            cut_off_command(*name, power);
+        }
+        check_everything(power || !keeps_arena_);
+    }
+
+    void halt_soon(uint64_t bound, std::string_view what, bool power) {
+        const uint64_t at = 1 + below(bound);
+        const auto side = static_cast<io::HaltSide>(below(3));
+        log(fmt::format("cut off at mutation {}, side {}, {}: {}", at, static_cast<int>(side),
+                        power ? "power" : "process", what));
         pool_.machine().files().halt_at_mutation(at, side);
-        Shadow after = shadow_;
-        bool done = false;
-        const std::string fresh = fresh_name();
-        switch (collecting ? 4 : below(4)) {
-            case 4:
-                log("  collect garbage");
-                done = pool_->gc({}).has_value();
-                break;
-            case 0:
-                log("  clone");
-                done = pool_->clone(*name, {fresh}).has_value();
-                after[fresh].content = after[*name].content;
-                after[fresh].parent = *name;
-                break;
-            case 1:
-                log("  snapshot");
-                done = pool_->create_snapshot(*name, fresh).has_value();
-                after[*name].snapshots[fresh] = after[*name].content;
-                break;
-            case 2:
-                log("  checkpoint");
-                done = pool_->checkpoint().has_value();
-                break;
-            default:
-                log("  flush");
-                done = testing::flush(device(*name)).has_value();
-                if (done) {
-                    after[*name].flushed();
-                    shadow_[*name].flushed();
-                }
-                break;
-        }
-        if (done) {
-            // Durable, so it must be there.
-            if (after.size() != shadow_.size() ||
-                after[*name].snapshots.size() != shadow_[*name].snapshots.size()) {
-                after[*name].flushed();
-            }
-            shadow_ = after;
-        }
+    }
+
+    void die(bool power) {
         const uint64_t seed = random_();
         if (power) {
             pool_.machine().files().crash(seed);
@@ -934,13 +1073,47 @@ class Program {
         }
         abandon();
         pool_.kill();
-        if (!done && (pool_->find(fresh) || pool_->find(*name + "@" + fresh))) {
-            log("  it had happened");
-            shadow_ = after;
-            // Its record follows its source's dirty pages in the log: both have them all.
-            shadow_[*name].flushed();
+    }
+
+    void cut_off_command(const std::string& name, bool power) {
+        const Cut cut = choose_cut(name);
+        halt_soon(cut.what == "collect garbage" ? 60 : 12, cut.what + " of " + name, power);
+        const bool done = cut.run().has_value();
+        die(power);
+        if (done || cut.has_happened()) {
+            log(done ? "  it was done" : "  it had happened");
+            cut.effect(shadow_);
+            // The record follows what was dirty in the log.
+            if (cut.flushes && shadow_.contains(name)) {
+                shadow_[name].flushed();
+            }
         }
-        check_everything(power || !keeps_arena_);
+    }
+
+    /// Such a request may have happened in part.
+    void cut_off_guest_request(const std::string& name, bool power) {
+        const uint64_t size = shadow_[name].content.size_bytes();
+        BlockDevice& on = device(name);
+        if (size == 0 || chance(40)) {
+            halt_soon(12, "flush " + name, power);
+            if (testing::flush(on)) {
+                shadow_[name].flushed();
+            }
+        } else {
+            halt_soon(6, "discard all of " + name, power);
+            const Content before = shadow_[name].content;
+            const bool done = on.discard(0, size, IoMode::kMayBlock).has_value();
+            if (done) {
+                shadow_[name].zero(0, size);
+            } else {
+                for (const uint64_t page : before.data_pages()) {
+                    const uint64_t start = page * kPageBytes;
+                    shadow_[name].may_have_written(
+                        start, std::vector<std::byte>(std::min(kPageBytes, size - start)));
+                }
+            }
+        }
+        die(power);
     }
 
     static constexpr size_t kPieceBytes = kMiB;

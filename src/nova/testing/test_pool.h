@@ -68,7 +68,7 @@ class TestPool {
     io::SimulatedMachine& machine() { return machine_; }
     PoolOptions& options() { return options_; }
 
-    void open() { pool_ = must(Pool::open(machine_.env(), kDirectory, options_)); }
+    void open() { pool_ = must(Pool::open(machine_.process_env(), kDirectory, options_)); }
     void close() {
         must(pool_->close());
         pool_.reset();
