@@ -80,6 +80,7 @@ Result<RecoveredLog> Recovery::run(const std::vector<uint32_t>& numbers) {
         log_.damage.push_back(
             fmt::format("{} is missing: the superblock says that the log goes on at its page {}",
                         segments_.path(superblock_.log_segment), superblock_.log_page.get()));
+        log_.records_lost = true;
         for (const Source& source : sources_) {
             segments_.add(source.number);
         }
@@ -133,6 +134,7 @@ Result<void> Recovery::read_before_checkpoint() {
             "{} ends at offset {}, but {} bytes of it were durable at the last checkpoint: the "
             "file is truncated",
             source.file->path(), size, uint64_t{superblock_.log_page} * kPageBytes));
+        log_.records_lost = true;  // Whatever followed went with it.
     }
     const std::vector<PageRun> dead = segments_.known_dead_runs(source.number);
     for (uint32_t page = skip_dead(dead, 1); page < superblock_.log_page;
@@ -285,6 +287,7 @@ Result<void> Recovery::read_after_checkpoint() {
                 "{}; the log stops after batch {}, but {} proves that batches up to {} were "
                 "durable",
                 why, log_.last_sequence, evidence.from, evidence.durable_through));
+            log_.records_lost = true;
         }
         return end_log(source, page, why);
     }
@@ -339,6 +342,7 @@ Result<void> Recovery::end_log(size_t source, uint32_t page, const std::string& 
             log_.damage.push_back(
                 fmt::format("{}, but the superblock proves that batches up to {} were durable", why,
                             superblock_.durable_sequence.get()));
+            log_.records_lost = true;
         }
         return {};
     }

@@ -54,6 +54,7 @@ struct RecoveredLog {
     std::deque<BatchPosition> batches;
     Counters counters;
     std::vector<std::string> damage;      ///< Proven corruption: the store must not be written.
+    bool records_lost = false;            ///< By it, records that were durable are missing.
     std::vector<std::string> warnings;    ///< What was cut off, and why.
     bool cut_tail = false;                ///< tail_segment has bytes behind tail_page.
     std::vector<uint32_t> drop_segments;  ///< Segment files behind the end of the log.

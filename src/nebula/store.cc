@@ -115,6 +115,7 @@ StoreStats StoreImpl::stats() const {
     stats.index_misses_recovered = index_misses_recovered_.load();
     stats.chunks_verified = segments_->chunks_verified();
     stats.damaged_chunks = segments_->damaged_count();
+    stats.records_lost = records_lost_;
     return stats;
 }
 

@@ -151,6 +151,9 @@ struct StoreStats {
     /// Dead by the last collection or dry run since open, and still taking room on the disk.
     uint64_t dead_bytes = 0;
     uint64_t damaged_chunks = 0;  ///< Known to be damaged, and not yet dead.
+    /// The log is damaged (read_only_reason() says where), and records that were durable were not
+    /// replayed for it: what was replayed is the state of some earlier moment.
+    bool records_lost = false;
 };
 
 class Store {

@@ -332,6 +332,7 @@ class StoreImpl final : public Store {
     uint64_t unfreed_bytes_ = 0;      ///< Named by the dead map, and not yet given back.
     uint64_t reclaimable_bytes_ = 0;  ///< See StoreStats::dead_bytes.
     std::optional<std::string> read_only_reason_;
+    bool records_lost_ = false;  ///< Set by open().
     mutable std::vector<std::string> warnings_;
 };
 

@@ -262,6 +262,7 @@ Result<void> StoreImpl::apply_recovery(RecoveredLog& log) {
     for (std::string& sentence : log.warnings) {
         warn(std::move(sentence));
     }
+    records_lost_ = log.records_lost;
     if (!log.damage.empty()) {
         for (const std::string& sentence : log.damage) {
             warn(sentence);

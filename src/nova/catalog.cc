@@ -303,6 +303,17 @@ Result<void> Catalog::replay(uint16_t kind, Bytes payload) {
     return {};
 }
 
+void Catalog::mark_damaged(const std::string& why, const std::set<uint64_t>& which) {
+    const auto shared_why = std::make_shared<const std::string>(why);
+    for (const EntityPtr& entity : list(EntityKind::kVolume)) {
+        VolumeState state = entity->state();
+        if (!state.damage && (which.empty() || which.contains(entity->id))) {
+            state.damage = shared_why;
+            entity->publish(state);
+        }
+    }
+}
+
 Result<void> Catalog::insert_locked(const EntityPtr& entity, std::string name) {
     if (entity->id == 0 || entities_.contains(entity->id)) {
         return fail(ErrorCode::kCorrupt, fmt::format("entity id {} is used twice", entity->id));

@@ -106,6 +106,10 @@ class Catalog {
     /// with a rollback to a snapshot that is not damaged. Other errors are returned.
     Result<void> replay(uint16_t kind, Bytes payload);
 
+    /// After replay: what volumes hold is not known, all of them when `which` is empty. Of images
+    /// and snapshots nothing could have changed.
+    void mark_damaged(const std::string& why, const std::set<uint64_t>& which = {});
+
     // --- Look up ---------------------------------------------------------------------------------
 
     /// By "NAME" or "VOLUME@SNAPSHOT". kNotFound says what there is not.

@@ -141,6 +141,7 @@ class PoolImpl final : public Pool, public DeviceOwner {
     Result<void> open_arena();
     Result<void> adopt_foreign_arena(std::unique_ptr<Arena> arena);
     void warn_of_damage();
+    Result<void> refuse_stale(const ArenaRecord& arena);
     std::unique_ptr<Committer> make_committer(Arena& arena, bool background);
     void note_arena(const ArenaRecord& record);
     void stop_threads();
@@ -393,6 +394,7 @@ Result<void> PoolImpl::open_arena() {
                             "shown, and stay there",
                             named.path));
         }
+        STELLARIUM_TRY(refuse_stale(named));
         arena_ = Arena::make_private(options_.dirty_budget_bytes);
         committer_ = make_committer(*arena_, /*background=*/false);
         return {};
@@ -503,7 +505,57 @@ Result<void> PoolImpl::adopt_foreign_arena(std::unique_ptr<Arena> arena) {
     return arena->remove_file();
 }
 
+/// The store is read-only. Where it is so because of damage, volumes that lack something that was
+/// acknowledged are not served: what they hold is another version than the last one.
+Result<void> PoolImpl::refuse_stale(const ArenaRecord& arena) {
+    if (options_.store.read_only) {
+        return {};  // Somebody else may be writing: no promise is made of being up to date.
+    }
+    const std::string reason = read_only_reason().value_or("the pool is read-only");
+    const bool lost = store_->stats().records_lost;
+    std::set<uint64_t> in_arena;
+    if (!arena.path.empty() && !arena.closed) {
+        std::string why;
+        STELLARIUM_ASSIGN(const auto found,
+                          Arena::open_file(env_, arena.path, store_->uuid(), arena.id, why));
+        if (found) {
+            for (const Arena::Found& slot : found->adopt()) {
+                in_arena.insert(slot.volume);
+            }
+        }
+    }
+    if (!lost && in_arena.empty()) {
+        return {};
+    }
+    const std::string_view what = options_.allow_stale
+                                      ? "are shown as they were before that"
+                                      : "are not shown (--allow-stale shows what they held before)";
+    if (lost) {
+        own_warnings_.push_back(fmt::format(
+            "acknowledged changes are missing: volumes {}; a name may since have been given to "
+            "another image or volume: {}",
+            what, reason));
+    }
+    if (options_.allow_stale) {
+        return {};
+    }
+    if (lost) {
+        catalog_.mark_damaged(fmt::format(
+            "acknowledged changes may be missing, because the log is damaged: {}", reason));
+    } else {
+        catalog_.mark_damaged(
+            fmt::format("acknowledged writes in {} cannot be added, because the store is damaged "
+                        "and read-only: {}",
+                        arena.path, reason),
+            in_arena);
+    }
+    return {};
+}
+
 void PoolImpl::warn_of_damage() {
+    if (read_only_reason()) {
+        return;  // That is said once, not for each volume.
+    }
     for (const EntityPtr& entity : catalog_.all()) {
         if (const auto damage = entity->state().damage) {
             const auto withheld = withheld_.find(entity->id);
@@ -747,9 +799,11 @@ Result<void> PoolImpl::check_not_attached(const Entity& entity, std::string_view
 
 Result<void> PoolImpl::check_intact(const Entity& entity) const {
     if (const auto damage = entity.state().damage) {
-        const std::string_view advice = entity.kind == EntityKind::kVolume
-                                            ? "Roll it back to a snapshot, or remove it"
-                                            : "Remove it";
+        const std::string_view advice =
+            read_only_reason() ? "Its snapshots can be exported, and what it held earlier with "
+                                 "--allow-stale"
+            : entity.kind == EntityKind::kVolume ? "Roll it back to a snapshot, or remove it"
+                                                 : "Remove it";
         return fail(ErrorCode::kCorrupt,
                     fmt::format("'{}' is damaged, and what it held last is not known: {}. {}",
                                 catalog_.full_name(entity), *damage, advice));

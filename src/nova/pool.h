@@ -12,7 +12,8 @@
 // Durability: a function that changes something is durable when it returns success, and has then
 // happened wholly; on error it has not happened. Device writes: see base/block_device.h.
 // Damage: a volume that something has rotted of that was needed to recover it is damaged, see
-// EntityInfo::damage; the pool opens with all others.
+// EntityInfo::damage; the pool opens with all others. Where the log itself is damaged so that
+// records are missing, that is every volume, and the pool is read-only.
 // Errors: kNotFound, kAlreadyExists, kInvalidArgument (names, sizes), kBusy (names the attachment),
 // and those of nebula/store.h.
 #pragma once
@@ -161,6 +162,10 @@ struct PoolOptions {
     /// Told what an operator should see in a log: warnings of a full disk, collections that were
     /// made or failed. Called from background threads.
     std::function<void(const std::string& sentence)> notice{};
+    /// Of a damaged store that is read-only, show volumes of which acknowledged writes are missing,
+    /// as they were before those. Otherwise such volumes are refused, as damaged. Images and
+    /// snapshots never change and are shown either way.
+    bool allow_stale = false;
     /// Background threads. false (model tests): nothing happens but in calls; flush_async completes
     /// before it returns.
     bool background = true;

@@ -305,5 +305,134 @@ TEST(PoolDamage, AShrinkThatCannotBeAppliedIsNotLogged) {
     EXPECT_GE(refused, 1U);
 }
 
+// --- A damaged log -------------------------------------------------------------------------------
+
+/// Three flushed versions of a page, each in a batch of its own, on top of an image and a snapshot.
+struct ThreeVersions {
+    ThreeVersions() {
+        import_image(*pool, "image", image);
+        must(pool->create_volume("a", kMiB));
+        must(pool->create_volume("b", kMiB));
+        device = must(pool->attach("a", {}));
+        for (unsigned i = 0; i < 3; ++i) {
+            batch_page[i] = segment_pages(pool);
+            must(write(*device, 0, version(i)));
+            must(flush(*device));
+            if (i == 0) {
+                must(pool->create_snapshot("a", "s"));
+            }
+        }
+    }
+    static std::vector<std::byte> version(unsigned number) {
+        return random_bytes(kPageBytes, 500 + number);
+    }
+
+    const std::vector<std::byte> image = random_bytes(100'000, 3);
+    TestPool pool;
+    std::shared_ptr<BlockDevice> device;
+    std::array<uint64_t, 3> batch_page{};
+};
+
+TEST(PoolDamage, AfterALostRecordNoVolumeShowsAnOlderVersion) {
+    ThreeVersions test;
+    RottenCopy copy(test.pool, test.batch_page[1]);  // The batch's header.
+    must(copy.open());
+    ASSERT_TRUE(copy->read_only_reason().has_value());
+    for (const std::string name : {"a", "b"}) {
+        expect_refused(*copy, name);
+    }
+    EXPECT_EQ(count_warnings(*copy, "acknowledged changes are missing"), 1U);
+    EXPECT_EQ(count_warnings(*copy, "'a'"), 0U) << "said for each volume";
+    const auto refusal = copy->attach("a", {.read_only = true});
+    EXPECT_NE(refusal.error().message().find("--allow-stale"), std::string::npos);
+    // What never changes is served.
+    EXPECT_EQ(export_all(*copy, "image"), test.image);
+    EXPECT_EQ(read(*must(copy->attach("a@s", {.read_only = true})), 0, kPageBytes),
+              ThreeVersions::version(0));
+    copy.close();
+
+    copy.options().allow_stale = true;
+    must(copy.open());
+    EXPECT_EQ(must(copy->find("a")).damage, "");
+    EXPECT_EQ(read(*must(copy->attach("a", {.read_only = true})), 0, kPageBytes),
+              ThreeVersions::version(0));
+    EXPECT_EQ(count_warnings(*copy, "acknowledged changes are missing"), 1U);
+    EXPECT_EQ(code_of(copy->attach("a", {})), ErrorCode::kReadOnly);
+}
+
+TEST(PoolDamage, WithoutItsWritesInTheBufferAVolumeIsNotShown) {
+    ThreeVersions test;
+    must(write(*test.device, kPageBytes, ThreeVersions::version(7)));  // Acknowledged.
+    // Of the batch only the data of its chunk: all records are there, but nothing can be added.
+    RottenCopy copy(test.pool, test.batch_page[1] + 1);
+    must(copy.open());
+    ASSERT_TRUE(copy->read_only_reason().has_value());
+    expect_refused(*copy, "a");
+    EXPECT_EQ(must(copy->find("b")).damage, "");
+    EXPECT_EQ(export_all(*copy, "b"), std::vector<std::byte>(kMiB));
+    copy.close();
+    copy.options().allow_stale = true;
+    must(copy.open());
+    EXPECT_EQ(read(*must(copy->attach("a", {.read_only = true})), 0, kPageBytes),
+              ThreeVersions::version(2));
+}
+
+TEST(PoolDamage, ARottenBitIsNeverServed) {
+    TestPool pool;
+    auto expected = random_bytes(kMiB, 77);
+    import_image(*pool, "image", expected);
+    must(pool->clone("image", {"a"}));
+    {
+        auto device = must(pool->attach("a", {}));
+        const auto put = [&](uint64_t page, uint64_t seed) {
+            const auto data = random_bytes(kPageBytes, seed);
+            must(write(*device, page * kPageBytes, data));
+            std::memcpy(expected.data() + page * kPageBytes, data.data(), data.size());
+        };
+        for (uint64_t i = 0; i < 40; ++i) {
+            put(2 * i, i);
+        }
+        must(flush(*device));
+        must(pool->checkpoint());
+        put(1, 999);
+        must(flush(*device));
+        put(3, 1000);
+        must(flush(*device));
+    }
+    pool.close();
+    const uint64_t seed = first_seed();
+    std::mt19937_64 random(seed);
+    uint64_t served = 0;
+    const uint64_t flips = scaled(250, 25);
+    for (uint64_t i = 0; i < flips; ++i) {
+        const std::string name = i % 8 == 0 ? "/pool/superblock" : kSegment;
+        io::SimulatedMachine machine(pool.machine().files().fork(), 1);
+        {
+            auto file = must(machine.files().open(name, io::OpenMode::kReadWrite));
+            const uint64_t at = random() % must(file->size_bytes());
+            std::byte byte{};
+            must(io::read_exact(*file, MutableBytes(&byte, 1), at));
+            byte ^= std::byte{1} << (random() % 8);
+            must(io::write_all(*file, Bytes(&byte, 1), at));
+        }
+        const auto opened = Pool::open(machine.env(), TestPool::kDirectory, pool.options());
+        const auto device = opened ? (*opened)->attach("a", {.read_only = true})
+                                   : Result<std::shared_ptr<BlockDevice>>();
+        if (!opened || !device) {
+            continue;
+        }
+        for (uint64_t offset = 0; offset < kMiB; offset += 16 * kPageBytes) {
+            std::vector<std::byte> content(16 * kPageBytes);
+            const iovec part{.iov_base = content.data(), .iov_len = content.size()};
+            if ((*device)->read(offset, std::span(&part, 1), IoMode::kMayBlock)) {
+                ++served;
+                ASSERT_EQ(std::memcmp(content.data(), expected.data() + offset, content.size()), 0)
+                    << "flip " << i << " in " << name << ", STELLARIUM_TEST_SEED=" << seed;
+            }
+        }
+    }
+    EXPECT_GT(served, flips);
+}
+
 }  // namespace
 }  // namespace stellarium::nova
