@@ -233,6 +233,17 @@ void add_attachment_commands(CLI::App& app, Builder& builder) {
 }
 
 void add_store_commands(CLI::App& app, Builder& builder, Invocation& invocation) {
+    CLI::App* const collect = builder.command(
+        &app, "gc", "Free what nothing refers to any more, while everything goes on",
+        collect_garbage,
+        "  stellarctl gc\n"
+        "  stellarctl gc --dry-run          # only says what could be freed\n"
+        "  stellarctl gc --rate 100MiB      # leaves the disk to the guests");
+    collect->add_flag("--dry-run", builder.arguments().dry_run, "free nothing");
+    collect
+        ->add_option("--rate", builder.arguments().rate,
+                     "copy and free at most this many bytes a second")
+        ->type_name("SIZE");
     builder.command(&app, "stats", "Show what the store holds and saves", stats,
                     "  stellarctl stats\n  stellarctl stats --json | jq .dedup_ratio");
     builder.command(&app, "status", "Show the store's state and who serves it", status,

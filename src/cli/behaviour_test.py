@@ -69,6 +69,7 @@ class SameInBothModes(TestCase):
         ["image", "export", "a", "OUT/a.raw", "--force", "--json"],
         ["volume", "export", "c-7@s1", "OUT/s.raw"], ["volume", "export", "nope", "OUT/n.raw"],
         ["attachments"], ["attachments", "--json"], ["detach", "c-7"], ["stats"],
+        ["gc", "--rate", "none"], ["gc", "--rate", "0"],
         ["volume", "ls"], ["snapshot", "ls"], ["image", "ls"],
     ]
 
@@ -96,7 +97,7 @@ class SameInBothModes(TestCase):
                 one["out"], other["out"] = (
                     "\n".join(line for line in each["out"].splitlines()
                               if not re.match("index_bytes|node_cache|.*sequence|chunks_verified|"
-                                              "appended|stored", line))
+                                              "appended|stored|reclaimable|file_system", line))
                     for each in (one, other))
             self.assertEqual(one, other)
         self.assertEqual({each["code"] for each in direct},
@@ -426,6 +427,39 @@ class Holding(TestCase):
             {"pid": 1, "socket": str(place), "runtime_directory": str(s.runtime)}))
         self.assertFalse(s.json("status")["daemon"])
         listener.communicate()
+
+    def test_garbage_goes_back_to_the_file_system(self):
+        for daemon in (False, True):
+            with self.subTest(daemon=daemon):
+                s = self.store(daemon=daemon)
+                rng = random.Random(11)
+                for name in ("kept", "gone"):
+                    (s.folder / name).write_bytes(rng.randbytes(6 << 20))
+                    s.ok("image", "import", name, s.folder / name)
+                s.ok("volume", "clone", "gone", "vm")
+                s.ok("image", "rm", "gone")
+                s.ok("gc")  # A clone needs it.
+                s.ok("volume", "export", "vm", "vm.raw")
+                self.assertEqual((s.folder / "gone").read_bytes(), (s.folder / "vm.raw").read_bytes())
+                s.ok("volume", "rm", "vm")
+                used = s.disk_bytes()
+                would = s.json("gc", "--dry-run")
+                self.assertTrue(would["dry_run"])
+                self.assertGreaterEqual(would["freed_bytes"], 6 * 1000 * 1000)
+                self.assertIn("would free", s.ok("gc", "--dry-run").out)
+                self.assertGreater(s.disk_bytes(), used - (1 << 20))
+                did = s.json("gc", "--rate", "1GiB")
+                self.assertGreaterEqual(did["dead_bytes"], 6 << 20)
+                self.assertLess(s.disk_bytes(), used - 6 * 1000 * 1000)
+                self.assertRegex(s.ok("gc").out, r"^freed .*; .* copied, in \d+ ms\n$")
+                s.ok("image", "export", "kept", "kept.raw")
+                self.assertEqual((s.folder / "kept").read_bytes(),
+                                 (s.folder / "kept.raw").read_bytes())
+                stats = s.json("stats")
+                for key in ("reclaimable_bytes", "file_system_free_bytes", "collections"):
+                    self.assertIn(key, stats)
+                if daemon:
+                    self.assertEqual(stats["collections"], 3)
 
     def test_clones_are_durable_and_small(self):
         s = self.store()

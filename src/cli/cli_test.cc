@@ -241,6 +241,12 @@ TEST(ProgressLine, SaysHowFarAndHowLong) {
                              .seconds = 1,
                              .dedup_ratio = {}}),
               "t  0 B  0 B/s");
+    ProgressState things{.title = "looking", .total_bytes = {}, .dedup_ratio = {}};
+    things.seconds = 61;
+    things.items.emplace(30, 40);
+    EXPECT_EQ(progress_line(things), "looking  [###############-----]  75 %  1:01");
+    things.items.emplace(30, 0);
+    EXPECT_EQ(progress_line(things), "looking  1:01");
 }
 
 TEST(ExpandNames, PutsNumbersIn) {

@@ -42,6 +42,7 @@ struct Arguments {
     std::string other_name;
     std::string path;
     std::string size;
+    std::string rate;
     std::string source;
     std::vector<std::string> names;
     std::string format;
@@ -51,6 +52,7 @@ struct Arguments {
     uint64_t block_size = 512;
     bool force = false;
     bool read_only = false;
+    bool dry_run = false;
     bool allow_backing = false;
 };
 
@@ -80,6 +82,7 @@ Result<void> snapshot_remove(Context& context, const Arguments& arguments);
 Result<void> attach(Context& context, const Arguments& arguments);
 Result<void> detach(Context& context, const Arguments& arguments);
 Result<void> list_attachments(Context& context, const Arguments& arguments);
+Result<void> collect_garbage(Context& context, const Arguments& arguments);
 Result<void> stats(Context& context, const Arguments& arguments);
 Result<void> status(Context& context, const Arguments& arguments);
 Result<void> dump(Context& context, const Arguments& arguments);

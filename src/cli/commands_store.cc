@@ -1,12 +1,19 @@
 // Attachments, and the store as a whole.
 #include <array>
 #include <cerrno>
+#include <chrono>
+#include <functional>
+#include <future>
+#include <memory>
 
 #include <fmt/format.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "base/units.h"
 #include "cli/commands_common.h"
+#include "cli/interrupt.h"
+#include "cli/progress.h"
 #include "control/locations.h"
 #include "io/posix.h"
 #include "nebula/dump.h"
@@ -16,6 +23,9 @@ namespace stellarium::cli {
 using control::Json;
 
 namespace {
+
+/// How often a command looks at what the collection that it waits for has done.
+constexpr std::chrono::milliseconds kWatchEvery{100};
 
 /// The link's target, or "" when `path` is no link.
 std::string link_target(const std::string& path) {
@@ -144,6 +154,72 @@ Result<void> list_attachments(Context& context, const Arguments&) {
     return {};
 }
 
+namespace {
+
+/// Asks how far the collection is and shows it, until `done`; passes an interruption on.
+void watch_collection(control::ControlClient& client, Progress& progress,
+                      const std::function<bool()>& done) {
+    bool cancelled = false;
+    while (!done()) {
+        if (interrupted() && !cancelled) {
+            cancelled = client.call("DELETE", "/v1/gc").has_value();
+        }
+        if (const Result<Json> state = client.call("GET", "/v1/gc");
+            state && bool_field(*state, "running")) {
+            const std::string phase = text_field(*state, "phase");
+            progress.show(phase == "mark"   ? "collecting garbage: looking for what is needed"
+                          : phase == "free" ? "collecting garbage: freeing"
+                                            : "collecting garbage: rewriting",
+                          number_field(*state, "done"), number_field(*state, "total"));
+        }
+    }
+}
+
+}  // namespace
+
+Result<void> collect_garbage(Context& context, const Arguments& arguments) {
+    Json request{{"dry_run", arguments.dry_run}};
+    if (!arguments.rate.empty()) {
+        STELLARIUM_ASSIGN(const uint64_t rate, parse_size(arguments.rate));
+        if (rate == 0) {
+            return fail(ErrorCode::kInvalidArgument, "--rate must be more than 0");
+        }
+        request["rate_bytes_per_second"] = rate;
+    }
+    STELLARIUM_ASSIGN(control::ControlClient* const client, context.client());
+    Progress progress("collecting garbage", context.progress());
+    const std::unique_ptr<control::ControlClient> second = context.session()->second_client();
+    std::future<Result<Json>> answer =
+        std::async(std::launch::async, [&] { return client->call("POST", "/v1/gc", request); });
+    if (second) {
+        watch_collection(*second, progress, [&answer] {
+            return answer.wait_for(kWatchEvery) == std::future_status::ready;
+        });
+    }
+    const Result<Json> report = answer.get();
+    progress.finish();
+    if (!report) {
+        if (report.error().code() == ErrorCode::kCancelled) {
+            STELLARIUM_TRY(check_interrupt());
+        }
+        return std::unexpected(report.error());
+    }
+    Output& out = context.out();
+    const auto size = [&](std::string_view key) { return out.size(number_field(*report, key)); };
+    std::string sentence = fmt::format(
+        "{} {}: {} chunks of {} {} dead, {} are needed", arguments.dry_run ? "would free" : "freed",
+        size("freed_bytes"), number_field(*report, "dead_chunks"), size("dead_bytes"),
+        arguments.dry_run ? "are" : "were", size("live_bytes"));
+    if (!arguments.dry_run) {
+        sentence += fmt::format("; {} copied, in {} ms",
+                                out.size(number_field(*report, "moved_bytes") +
+                                         number_field(*report, "rewritten_bytes")),
+                                number_field(*report, "duration_ms"));
+    }
+    print_done(context, *report, sentence);
+    return {};
+}
+
 Result<void> stats(Context& context, const Arguments&) {
     STELLARIUM_ASSIGN(const Json stats, ask(context, "GET", "/v1/stats"));
     Output& out = context.out();
@@ -161,6 +237,14 @@ Result<void> stats(Context& context, const Arguments&) {
             text = control::to_text(value);
         }
         out.line(fmt::format("{:<24} {}", key, text));
+    }
+    if (bool_field(stats, "space_low")) {
+        complain(
+            fmt::format("stellarctl: warning: the store's file system is almost full: {} of {} are "
+                        "free, and garbage collection could free about {}\n",
+                        out.size(number_field(stats, "file_system_free_bytes")),
+                        out.size(number_field(stats, "file_system_bytes")),
+                        out.size(number_field(stats, "reclaimable_bytes"))));
     }
     return {};
 }

@@ -29,6 +29,16 @@ std::string clock_text(double seconds) {
 std::string progress_line(const ProgressState& state) {
     std::string line = state.title;
     double share = 0;
+    if (state.items) {
+        const auto [done, total] = *state.items;
+        if (total > 0) {
+            share = std::min(1.0, static_cast<double>(done) / static_cast<double>(total));
+            const auto full = static_cast<size_t>(share * kBarColumns);
+            line += fmt::format("  [{}{}] {:3.0f} %", std::string(full, '#'),
+                                std::string(kBarColumns - full, '-'), share * 100);
+        }
+        return line + "  " + clock_text(state.seconds);
+    }
     if (state.total_bytes && *state.total_bytes > 0) {
         share = std::min(1.0, static_cast<double>(state.position_bytes) /
                                   static_cast<double>(*state.total_bytes));
@@ -62,6 +72,16 @@ Progress::~Progress() {
 void Progress::advance(uint64_t position_bytes, uint64_t moved_bytes) {
     state_.position_bytes = position_bytes;
     state_.data_bytes += moved_bytes;
+    draw();
+}
+
+void Progress::show(std::string title, uint64_t done, uint64_t of) {
+    state_.title = std::move(title);
+    state_.items.emplace(done, of);
+    draw();
+}
+
+void Progress::draw() {
     if (!enabled_) {
         return;
     }

@@ -13,6 +13,7 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "control/sparse_stream.h"
 
@@ -21,6 +22,8 @@ namespace stellarium::cli {
 /// What the line says; pure, for tests.
 struct ProgressState {
     std::string title;
+    /// Things done and to be done, instead of bytes: a bar and a time.
+    std::optional<std::pair<uint64_t, uint64_t>> items{};
     std::optional<uint64_t> total_bytes;  ///< Of the disk, holes included.
     uint64_t position_bytes = 0;          ///< On the disk.
     uint64_t data_bytes = 0;              ///< Moved so far.
@@ -43,12 +46,16 @@ class Progress {
     }
     void set_total(std::optional<uint64_t> bytes) { state_.total_bytes = bytes; }
     void advance(uint64_t position_bytes, uint64_t moved_bytes);
+    /// For work that is counted in things. `of` 0: nobody knows how many.
+    void show(std::string title, uint64_t done, uint64_t of);
     /// Wipes the line.
     void finish();
 
     uint64_t data_bytes() const { return state_.data_bytes; }
 
   private:
+    void draw();
+
     bool enabled_;
     bool drawn_ = false;
     ProgressState state_;

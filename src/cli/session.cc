@@ -146,6 +146,8 @@ Result<std::unique_ptr<Session>> Session::open(const StoreLocation& location) {
     }
     nova::PoolOptions options;
     options.store.allow_unsafe_file_system = location.allow_unsafe_file_system;
+    // A command does what it was asked for.
+    options.gc.automatic = false;
     Result<std::unique_ptr<nova::Pool>> pool = nova::Pool::open(env, directory, options);
     if (!pool) {
         // Perhaps a daemon is there after all, and not for us.

@@ -1,6 +1,9 @@
 #include "control/entity_json.h"
 
+#include <array>
+#include <chrono>
 #include <cmath>
+#include <string_view>
 #include <utility>
 
 #include <fmt/chrono.h>
@@ -86,6 +89,7 @@ Json to_json(const nova::PoolStats& stats) {
     return Json{{"logical_bytes", stats.logical_bytes},
                 {"unique_bytes", stats.store.unique_bytes},
                 {"stored_bytes", stats.store.stored_bytes},
+                {"reclaimable_bytes", stats.gc.reclaimable_bytes},
                 {"appended_bytes", stats.store.appended_bytes},
                 {"dedup_ratio", dedup_ratio(stats)},
                 {"chunks", stats.store.chunks},
@@ -104,7 +108,47 @@ Json to_json(const nova::PoolStats& stats) {
                 {"sequence", stats.store.sequence},
                 {"durable_sequence", stats.store.durable_sequence},
                 {"index_misses_recovered", stats.store.index_misses_recovered},
-                {"chunks_verified", stats.store.chunks_verified}};
+                {"chunks_verified", stats.store.chunks_verified},
+                {"collections", stats.gc.collections},
+                {"collected_bytes", stats.gc.freed_bytes},
+                {"file_system_bytes", stats.space.total_bytes},
+                {"file_system_free_bytes", stats.space.free_bytes},
+                {"space_low", stats.space_low}};
+}
+
+Json to_json(const nova::GcReport& report) {
+    return Json{{"live_bytes", report.live_bytes},
+                {"live_chunks", report.live_chunks},
+                {"dead_bytes", report.dead_bytes},
+                {"dead_chunks", report.dead_chunks},
+                {"freed_bytes", report.freed_bytes},
+                {"moved_bytes", report.moved_bytes},
+                {"rewritten_bytes", report.rewritten_bytes},
+                {"segments_freed", report.segments_freed},
+                {"duration_ms", report.duration / std::chrono::milliseconds(1)}};
+}
+
+Json to_json(const nova::GcStats& stats) {
+    static constexpr std::array<std::string_view, 3> kPhases = {"mark", "free", "rewrite"};
+    Json json{{"running", stats.running},
+              {"phase", nullptr},
+              {"done", stats.progress.done},
+              {"total", stats.progress.total},
+              {"collections", stats.collections},
+              {"failures", stats.failures},
+              {"freed_bytes", stats.freed_bytes},
+              {"reclaimable_bytes", stats.reclaimable_bytes},
+              {"last", nullptr},
+              {"last_ended", nullptr},
+              {"last_error", stats.last_error}};
+    if (stats.running) {
+        json["phase"] = kPhases.at(static_cast<size_t>(stats.progress.phase));
+    }
+    if (stats.last) {
+        json["last"] = to_json(*stats.last);
+        json["last_ended"] = format_time(stats.last_ended);
+    }
+    return json;
 }
 
 Json to_json(const std::vector<nova::EntityInfo>& infos) {

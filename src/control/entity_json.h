@@ -25,6 +25,9 @@ Json to_json(const nova::EntityInfo& info);
 Json to_json(const nova::EntityDetail& detail);
 Json to_json(const nova::ImageImport::Progress& progress);
 Json to_json(const nova::PoolStats& stats);
+Json to_json(const nova::GcReport& report);
+/// Whether garbage is collected now and how far, what was collected, and what could be.
+Json to_json(const nova::GcStats& stats);
 Json to_json(const std::vector<nova::EntityInfo>& infos);
 
 /// Bytes given to the store by imports and guests for each unique byte it keeps; 0 when it keeps

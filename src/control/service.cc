@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <charconv>
 #include <map>
 #include <mutex>
@@ -215,6 +216,9 @@ struct ControlService::Impl {
     /// "remove the image x" cannot remove a volume that took the name in between.
     std::mutex names_mutex;
 
+    std::atomic<bool> gc_cancelled{false};
+    std::atomic<bool> stopping{false};
+
     std::mutex imports_mutex;
     std::map<std::string, std::shared_ptr<RunningImport>> imports;  ///< Guarded by imports_mutex.
 
@@ -261,7 +265,7 @@ struct ControlService::Impl {
         RouteInfo info;
         Result<Response> (Impl::*handler)(Call&);
     };
-    static const std::array<Row, 28> kRows;
+    static const std::array<Row, 31> kRows;
 
     // --- Looking names up -----------------------------------------------------------------------
 
@@ -357,6 +361,31 @@ struct ControlService::Impl {
 
     Result<Response> checkpoint(Call&) {
         STELLARIUM_TRY(pool.checkpoint());
+        return empty_response();
+    }
+
+    Result<Response> get_gc(Call&) { return json_response(200, to_json(pool.stats().gc)); }
+
+    Result<Response> start_gc(Call& call) {
+        nova::GcOptions wanted;
+        if (!call.request.body.empty()) {
+            STELLARIUM_ASSIGN(const Json body, body_of(call));
+            ObjectReader reader(body, "request body");
+            wanted.dry_run = reader.optional_bool("dry_run").value_or(false);
+            wanted.rate_bytes_per_second =
+                reader.optional_size("rate_bytes_per_second").value_or(0);
+            STELLARIUM_TRY(reader.finish());
+        }
+        gc_cancelled = false;
+        wanted.cancelled = [this] { return gc_cancelled || stopping; };
+        STELLARIUM_ASSIGN(const nova::GcReport report, pool.gc(wanted));
+        Json body = to_json(report);
+        body["dry_run"] = wanted.dry_run;
+        return json_response(200, body);
+    }
+
+    Result<Response> cancel_gc(Call&) {
+        gc_cancelled = true;
         return empty_response();
     }
 
@@ -686,11 +715,14 @@ struct ControlService::Impl {
     }
 };
 
-const std::array<ControlService::Impl::Row, 28> ControlService::Impl::kRows{{
+const std::array<ControlService::Impl::Row, 31> ControlService::Impl::kRows{{
     {{"GET", "/v1/version", "getVersion", 200}, &Impl::get_version},
     {{"GET", "/v1/store", "getStore", 200}, &Impl::get_store},
     {{"GET", "/v1/stats", "getStats", 200}, &Impl::get_stats},
     {{"POST", "/v1/checkpoint", "checkpoint", 204}, &Impl::checkpoint},
+    {{"GET", "/v1/gc", "getGc", 200}, &Impl::get_gc},
+    {{"POST", "/v1/gc", "collectGarbage", 200}, &Impl::start_gc},
+    {{"DELETE", "/v1/gc", "cancelGc", 204}, &Impl::cancel_gc},
     {{"GET", "/v1/images", "listImages", 200}, &Impl::list_images},
     {{"GET", "/v1/images/{name}", "getImage", 200}, &Impl::get_image},
     {{"PUT", "/v1/images/{name}", "importImage", 201, true, false}, &Impl::import_image},
@@ -723,10 +755,16 @@ ControlService::ControlService(nova::Pool& pool, ServiceOptions options)
     : impl_(new Impl{.pool = pool,
                      .options = std::move(options),
                      .names_mutex = {},
+                     .gc_cancelled = false,
+                     .stopping = false,
                      .imports_mutex = {},
                      .imports = {}}) {}
 
 ControlService::~ControlService() = default;
+
+void ControlService::stop_long_work() {
+    impl_->stopping = true;
+}
 
 std::span<const RouteInfo> ControlService::routes() {
     static const std::vector<RouteInfo> kRoutes = [] {

@@ -59,6 +59,10 @@ class ControlService final : public RequestHandler {
     bool wants_upload(const std::string& method, const std::string& target) const override;
     Response handle(const Request& request) override;
 
+    /// Ends what may take long and loses nothing by it (a garbage collection), and refuses the
+    /// like: before the program stops answering.
+    void stop_long_work();
+
     static std::span<const RouteInfo> routes();
 
   private:

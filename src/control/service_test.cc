@@ -524,10 +524,30 @@ TEST_F(OpenApiTest, RealAnswersMatchTheirSchemas) {
     check("DELETE", volume, "/v1/volumes/v", "", 204);
     check("POST", "/v1/removals", "/v1/removals", R"({"kind":"volume","names":["c","e"]})", 204);
     check("POST", "/v1/checkpoint", "/v1/checkpoint", "", 204);
+    check("GET", "/v1/gc", "/v1/gc", "", 200);
+    check("POST", "/v1/gc", "/v1/gc", R"({"dry_run":true,"rate_bytes_per_second":"1GiB"})", 200);
+    check("POST", "/v1/gc", "/v1/gc", "", 200);
+    check("POST", "/v1/gc", "/v1/gc", R"({"rate":1})", 400);
+    check("GET", "/v1/gc", "/v1/gc", "", 200);
+    check("DELETE", "/v1/gc", "/v1/gc", "", 204);
     for (const RouteInfo& route : ControlService::routes()) {
         EXPECT_TRUE(checked_.contains(std::string(route.operation)))
             << route.operation << " was never asked";
     }
+}
+
+TEST_F(ServiceTest, GarbageIsCollectedAndNotWhenTheProgramStops) {
+    import("i", 0, random_bytes(500'000, 1), 500'000);
+    import("j", 0, random_bytes(500'000, 2), 500'000);
+    EXPECT_EQ(ask("DELETE", "/v1/images/j").status, 204);
+    const auto report = must(parse_json(ask("POST", "/v1/gc").body, "answer"));
+    EXPECT_GE(report.at("dead_bytes").get<uint64_t>(), 490'000U);
+    const auto state = must(parse_json(ask("GET", "/v1/gc").body, "answer"));
+    EXPECT_FALSE(state.at("running").get<bool>());
+    EXPECT_EQ(state.at("collections").get<uint64_t>(), 1U);
+    EXPECT_EQ(state.at("last").at("dead_bytes"), report.at("dead_bytes"));
+    service_->stop_long_work();
+    EXPECT_EQ(ask("POST", "/v1/gc").status, error_mapping(ErrorCode::kCancelled).http_status);
 }
 
 // --- Where things are ----------------------------------------------------------------------------

@@ -51,6 +51,21 @@ std::vector<std::string> apply_settings(const control::Json& settings, DaemonCon
         }
         config.verify_always = *verify == "always";
     }
+    if (const auto automatic = reader.optional_bool("gc")) {
+        config.gc.automatic = *automatic;
+    }
+    if (const auto percent = reader.optional_number("gc_dead_percent", 1, 99)) {
+        config.gc.dead_share = static_cast<double>(*percent) / 100;
+    }
+    if (const auto least = reader.optional_size("gc_min_dead")) {
+        config.gc.min_dead_bytes = *least;
+    }
+    if (const auto percent = reader.optional_number("low_space_percent", 0, 99)) {
+        config.gc.low_space_share = static_cast<double>(*percent) / 100;
+    }
+    if (const auto rate = reader.optional_size("gc_rate")) {
+        config.gc.rate_bytes_per_second = *rate;
+    }
     if (const auto allow = reader.optional_bool("allow_unsafe_file_system")) {
         config.allow_unsafe_file_system = *allow;
     }

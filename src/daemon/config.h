@@ -20,6 +20,7 @@
 #include "base/units.h"
 #include "control/json.h"
 #include "daemon/log.h"
+#include "nova/pool.h"
 
 namespace stellarium::daemon {
 
@@ -37,6 +38,7 @@ struct DaemonConfig {
     uint64_t writeback_age_ms = 5000;
     uint64_t threads = 0;  ///< Serving guests; 0: one for each processor.
     bool verify_always = false;
+    nova::GcPolicy gc{};
     bool allow_unsafe_file_system = false;
     LogLevel log_level = LogLevel::kInfo;
     LogFormat log_format = LogFormat::kText;

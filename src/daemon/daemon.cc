@@ -109,6 +109,7 @@ Result<void> serve(const DaemonConfig& config, const std::string& version, nova:
     wait_for_stop(log);
     sd_notify(0, "STOPPING=1");
     set_status("answering what was asked");
+    service.stop_long_work();
     server.stop();
     set_status("flushing guests' writes");
     host.stop();
@@ -138,6 +139,10 @@ Result<void> run_daemon(const DaemonConfig& config, const std::string& version, 
     options.dirty_budget_bytes = config.dirty_budget_bytes();
     options.node_cache_bytes = config.node_cache_bytes();
     options.writeback_age = std::chrono::milliseconds(config.writeback_age_ms);
+    options.gc = config.gc;
+    options.notice = [&log](const std::string& sentence) {
+        log.warning("store", {{"message", sentence}});
+    };
     STELLARIUM_ASSIGN(const std::unique_ptr<nova::Pool> pool,
                       nova::Pool::open(env, config.store, options));
     for (const std::string& warning : pool->warnings()) {

@@ -61,7 +61,8 @@ TEST(Config, TakesEverythingAndTheCommandLineWins) {
     EXPECT_EQ(apply_settings(json(R"({
         "store": "/srv/a", "socket": "/run/a.sock", "runtime_dir": "/run/a",
         "metrics_listen": "[::1]:9464", "memory": "1GiB", "writeback_age_ms": 100, "threads": 3,
-        "verify": "always", "allow_unsafe_file_system": true, "log_level": "debug",
+        "verify": "always", "gc": false, "gc_dead_percent": 40, "gc_min_dead": "1GiB",
+        "gc_rate": 0, "low_space_percent": 5, "allow_unsafe_file_system": true, "log_level": "debug",
         "log_format": "json"})"),
                              config),
               std::vector<std::string>{});
@@ -73,6 +74,11 @@ TEST(Config, TakesEverythingAndTheCommandLineWins) {
     EXPECT_EQ(config.writeback_age_ms, 100U);
     EXPECT_EQ(config.threads, 3U);
     EXPECT_TRUE(config.verify_always && config.allow_unsafe_file_system);
+    EXPECT_FALSE(config.gc.automatic);
+    EXPECT_EQ(config.gc.dead_share, 0.4);
+    EXPECT_EQ(config.gc.min_dead_bytes, kGiB);
+    EXPECT_EQ(config.gc.rate_bytes_per_second, 0U);
+    EXPECT_EQ(config.gc.low_space_share, 0.05);
     EXPECT_EQ(config.log_level, LogLevel::kDebug);
     EXPECT_EQ(config.log_format, LogFormat::kJson);
     EXPECT_EQ(finish_config(config), std::vector<std::string>{});
@@ -83,9 +89,11 @@ TEST(Config, ReportsEveryFault) {
     DaemonConfig config;
     const auto complaints = apply_settings(
         json(R"({"memory": 1, "threads": 1000, "verify": "never", "log_format": "xml",
-                 "store": "", "metrics_listen": "9464", "nonsense": 1})"),
+                 "store": "", "metrics_listen": "9464", "nonsense": 1,
+                 "gc": 1, "gc_dead_percent": 0, "gc_min_dead": "much", "gc_rate": -1,
+                 "low_space_percent": 100})"),
         config);
-    EXPECT_EQ(complaints.size(), 7U);
+    EXPECT_EQ(complaints.size(), 12U);
     config = {};
     config.store = "/srv/a";
     config.runtime_directory = "/run/" + std::string(100, 'x');

@@ -98,6 +98,20 @@ int run(int argc, char** argv) {
     text_option("--verify", "verify",
                 "check chunks against their ids at the 'first' read (default) or 'always'", "WHEN");
     app.add_flag_function(
+        "--no-gc", [&given](int64_t) { given["gc"] = false; },
+        "collect garbage only when asked to");
+    number_option("--gc-dead-percent", "gc_dead_percent",
+                  "collect garbage when this much of the store is dead (default: 25)");
+    text_option("--gc-min-dead", "gc_min_dead",
+                "less dead than this is not worth a collection (default: 256MiB)", "SIZE");
+    text_option("--gc-rate", "gc_rate",
+                "collections copy and free at most this much a second; 0: no limit (default: "
+                "256MiB)",
+                "SIZE");
+    number_option("--low-space-percent", "low_space_percent",
+                  "warn, and collect whatever is dead, when less of the file system is free "
+                  "(default: 10)");
+    app.add_flag_function(
         "--allow-unsafe-file-system",
         [&given](int64_t) { given["allow_unsafe_file_system"] = true; },
         "open a store on a network file system all the same");

@@ -1,5 +1,6 @@
 #include "daemon/metrics.h"
 
+#include <chrono>
 #include <utility>
 #include <vector>
 
@@ -111,6 +112,33 @@ void add_pool(Page& page, const nova::PoolStats& stats) {
     page.counter("stellarium_written_bytes_total", "Bytes written by guests.", stats.written_bytes);
 }
 
+void add_collections(Page& page, const nova::PoolStats& stats) {
+    page.gauge("stellarium_gc_running", "1 while garbage is collected.", stats.gc.running ? 1 : 0);
+    page.gauge("stellarium_gc_reclaimable_bytes",
+               "What a garbage collection would free, an estimate.",
+               real(stats.gc.reclaimable_bytes));
+    page.counter("stellarium_gc_collections_total", "Garbage collections that were completed.",
+                 stats.gc.collections);
+    page.counter("stellarium_gc_failures_total", "Garbage collections that failed.",
+                 stats.gc.failures);
+    page.counter("stellarium_gc_freed_bytes_total",
+                 "Bytes that garbage collections gave back to the file system.",
+                 stats.gc.freed_bytes);
+    page.gauge("stellarium_gc_last_end_seconds",
+               "When the last garbage collection was completed, since 1970; 0: none was.",
+               std::chrono::duration<double>(stats.gc.last_ended).count());
+    if (stats.gc.last) {
+        page.gauge("stellarium_gc_last_duration_seconds", "How long it took.",
+                   std::chrono::duration<double>(stats.gc.last->duration).count());
+    }
+    page.gauge("stellarium_file_system_bytes", "Size of the file system that the store is on.",
+               real(stats.space.total_bytes));
+    page.gauge("stellarium_file_system_free_bytes", "What of it is free.",
+               real(stats.space.free_bytes));
+    page.gauge("stellarium_space_low", "1 when little of it is free: see low_space_percent.",
+               stats.space_low ? 1 : 0);
+}
+
 void add_devices(Page& page, const VhostHost& host) {
     const std::vector<vhost::AttachmentStatus> devices = host.device_status();
     std::vector<std::string> sources;
@@ -200,6 +228,7 @@ std::string Metrics::text() const {
     const nova::PoolStats stats = impl_->pool.stats();
     add_store(page, stats, impl_->pool.read_only_reason().has_value());
     add_pool(page, stats);
+    add_collections(page, stats);
     add_devices(page, impl_->host);
     std::vector<MetricFamily> families = page.take();
     for (MetricFamily& family : impl_->registry.Collect()) {

@@ -1406,6 +1406,7 @@ Result<GcReport> PoolImpl::gc(const GcOptions& options) {
     {
         const std::lock_guard lock(gc_mutex_);
         gc_stats_.running = true;
+        gc_stats_.progress = {};
     }
     const auto started = env_.clock->monotonic();
     const Catalog::DeadEstimate estimate = catalog_.dead_estimate();
@@ -1416,6 +1417,15 @@ Result<GcReport> PoolImpl::gc(const GcOptions& options) {
         }
         const std::lock_guard lock(gc_mutex_);
         return gc_stopping_;
+    };
+    with_stop.progress = [this, &options](const GcProgress& progress) {
+        {
+            const std::lock_guard lock(gc_mutex_);
+            gc_stats_.progress = progress;
+        }
+        if (options.progress) {
+            options.progress(progress);
+        }
     };
     const Folder folder(*store_, cache_, catalog_, *committer_);
     const Collector collector(*store_, cache_, catalog_, folder,
@@ -1449,7 +1459,8 @@ uint64_t PoolImpl::reclaimable_bytes(const nebula::StoreStats& store) const {
         bytes += store.unique_bytes / (catalog_.entity_count() + dead.unknown_entities) *
                  dead.unknown_entities;
     }
-    return std::min(bytes, store.stored_bytes);
+    // What the last collection or dry run saw and left is known for sure, and part of the estimate.
+    return std::min(std::max(bytes, store.dead_bytes), store.stored_bytes);
 }
 
 bool PoolImpl::is_space_low(const io::FileSystemSpace& space) const {

@@ -120,6 +120,7 @@ struct GcReport {
 /// Garbage and collections, as of now.
 struct GcStats {
     bool running = false;
+    GcProgress progress{};           ///< Of the one that runs.
     uint64_t collections = 0;        ///< Completed since the pool was opened; no dry runs.
     uint64_t failures = 0;           ///< That ended with an error; not those that were cancelled.
     uint64_t freed_bytes = 0;        ///< By all of those.
