@@ -79,6 +79,11 @@ class Builder {
         return app->add_option(name, into, help)->required()->type_name(type);
     }
 
+    void allow_stale(CLI::App* app) {
+        app->add_flag("--allow-stale", invocation_.location.allow_stale,
+                      "of a damaged store, take what the volume held before what is missing");
+    }
+
     Arguments& arguments() { return invocation_.arguments; }
 
   private:
@@ -169,6 +174,7 @@ void add_volume_commands(Builder& builder) {
     builder.word(verb, "PATH", arguments.path, "a file, a block device, or '-' for standard output",
                  "FILE");
     verb->add_flag("--force", arguments.force, "replace a file, overwrite a device");
+    builder.allow_stale(verb);
     verb = builder.command(volume, "diff", "List the ranges that differ between two sources",
                            volume_diff,
                            "  stellarctl volume diff vm-1@before vm-1\n"

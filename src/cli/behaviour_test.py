@@ -389,6 +389,25 @@ class Holding(TestCase):
             self.assertIn("damaged", s.run("volume", "create", "v", "--size", "1MiB").err)
             self.assertEqual(segment.stat().st_size, size)
 
+    def test_an_older_version_is_exported_only_when_asked_for(self):
+        s = self.store()
+        s.ok("volume", "create", "v", "--size", "1MiB")
+        segment = s.path / "segments" / "0000001.seg"
+        lost = segment.stat().st_size  # Where the next record goes.
+        s.ok("volume", "resize", "v", "2MiB")
+        s.ok("snapshot", "create", "v", "later")
+        with open(segment, "r+b") as file:
+            file.seek(lost + 100)
+            file.write(b"rot")
+        refused = s.run("volume", "export", "v", "out.raw")
+        self.assert_fails(refused, "corrupt")
+        self.assertIn("--allow-stale", refused.err)
+        self.assertIn("damaged", s.ok("volume", "ls").out)
+        self.assertIn("damaged", s.ok("volume", "info", "v").out)
+        self.assertNotEqual(s.json("volume", "info", "v")["damage"], "")
+        s.ok("volume", "export", "v", "out.raw", "--allow-stale")
+        self.assertEqual((s.folder / "out.raw").stat().st_size, 1 << 20)
+
     def test_without_root(self):
         if os.geteuid() != 0:
             self.skipTest("not root, so all the other tests run without root")

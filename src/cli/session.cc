@@ -104,6 +104,15 @@ Result<std::string> store_directory(const StoreLocation& location) {
 }
 
 Result<std::unique_ptr<Session>> Session::open(const StoreLocation& location) {
+    STELLARIUM_ASSIGN(std::unique_ptr<Session> session, open_any(location));
+    if (location.allow_stale && session->through_daemon()) {
+        return fail(ErrorCode::kInvalidArgument,
+                    "--allow-stale reads the store directly: stop its daemon first");
+    }
+    return session;
+}
+
+Result<std::unique_ptr<Session>> Session::open_any(const StoreLocation& location) {
     std::string socket = location.socket;
     if (const char* const given = std::getenv("STELLARIUM_SOCKET");
         socket.empty() && location.store.empty() && given != nullptr) {
@@ -145,6 +154,7 @@ Result<std::unique_ptr<Session>> Session::open(const StoreLocation& location) {
         return std::unexpected(owner.error());
     }
     nova::PoolOptions options;
+    options.allow_stale = location.allow_stale;
     options.store.allow_unsafe_file_system = location.allow_unsafe_file_system;
     // A command does what it was asked for.
     options.gc.automatic = false;

@@ -24,6 +24,7 @@ struct StoreLocation {
     std::string store;   ///< "": $STELLARIUM_STORE, then the default.
     std::string socket;  ///< "": $STELLARIUM_SOCKET, then looked for.
     bool allow_unsafe_file_system = false;
+    bool allow_stale = false;  ///< See nova::PoolOptions; refused with a daemon.
 };
 
 /// The store that `location` means.
@@ -43,6 +44,9 @@ class Session {
     virtual std::vector<std::string> warnings() const = 0;
     /// Leaves the store in order. Without it, everything that succeeded is durable all the same.
     virtual Result<void> close() = 0;
+
+  private:
+    static Result<std::unique_ptr<Session>> open_any(const StoreLocation& location);
 };
 
 }  // namespace stellarium::cli
