@@ -399,6 +399,35 @@ TYPED_TEST(ContractTest, LocksExcludeAndNameTheHolder) {
     STELLARIUM_EXPECT_FAILS(this->files().lock(this->path("missing/lock")), ErrorCode::kNotFound);
 }
 
+TYPED_TEST(ContractTest, AFileIsLockedByOneOpenFileAtATime) {
+    auto first = this->files().open(this->path("a"), OpenMode::kCreateNew);
+    STELLARIUM_ASSERT_OK(first);
+    auto second = this->files().open(this->path("a"), OpenMode::kReadWrite);
+    STELLARIUM_ASSERT_OK(second);
+    STELLARIUM_ASSERT_OK((*first)->lock());
+    STELLARIUM_EXPECT_OK((*first)->lock());
+    STELLARIUM_EXPECT_FAILS((*second)->lock(), ErrorCode::kBusy);
+    // Whatever it is called.
+    STELLARIUM_ASSERT_OK(this->files().rename(this->path("a"), this->path("b")));
+    STELLARIUM_EXPECT_FAILS((*second)->lock(), ErrorCode::kBusy);
+    first->reset();
+    STELLARIUM_EXPECT_OK((*second)->lock());
+}
+
+TYPED_TEST(ContractTest, AFileKeepsItsIdentityAndACopyHasAnother) {
+    auto file = this->files().open(this->path("a"), OpenMode::kCreateNew);
+    STELLARIUM_ASSERT_OK(file);
+    const auto identity = (*file)->identity();
+    STELLARIUM_ASSERT_OK(identity);
+    STELLARIUM_ASSERT_OK(this->files().rename(this->path("a"), this->path("b")));
+    auto again = this->files().open(this->path("b"), OpenMode::kReadOnly);
+    STELLARIUM_ASSERT_OK(again);
+    EXPECT_EQ((*again)->identity().value(), *identity);
+    auto other = this->files().open(this->path("a"), OpenMode::kCreateNew);
+    STELLARIUM_ASSERT_OK(other);
+    EXPECT_NE((*other)->identity().value(), *identity);
+}
+
 TYPED_TEST(ContractTest, SpaceAndTypeAreReported) {
     const auto space = this->files().space(this->world_.root());
     STELLARIUM_ASSERT_OK(space);

@@ -46,6 +46,13 @@ class MappedBytes {
     virtual Bytes bytes() const = 0;
 };
 
+/// What tells files of one running system apart; after a restart of the host it may be another.
+struct FileIdentity {
+    uint64_t device = 0;
+    uint64_t inode = 0;
+    friend bool operator==(const FileIdentity&, const FileIdentity&) = default;
+};
+
 /// An open file, closed when destroyed.
 class File {
   public:
@@ -91,6 +98,11 @@ class File {
     /// of the process and are never durable against power loss (for files on memory file systems).
     /// The memory stays valid until the File is destroyed.
     virtual Result<MutableBytes> map_shared(uint64_t offset_bytes, uint64_t length_bytes) = 0;
+    /// Which file this is, whatever it is called. A copy is another one.
+    virtual Result<FileIdentity> identity() = 0;
+    /// Takes an exclusive lock on the file, held until this File is destroyed or the process dies.
+    /// kBusy when another File of the same file holds one, of this process or not.
+    virtual Result<void> lock() = 0;
     /// A descriptor for calls that need one (io_uring, splice), or -1 on the simulated disk.
     virtual int descriptor() const = 0;
 };

@@ -100,6 +100,17 @@ class PosixMappedBytes final : public MappedBytes {
     Mapping mapping_;
 };
 
+/// 0, or the system's error; EAGAIN when another open file holds a lock.
+int lock_whole_file(int descriptor) {
+    struct flock whole_file{};
+    whole_file.l_type = F_WRLCK;
+    whole_file.l_whence = SEEK_SET;
+    if (retry_interrupted([&] { return ::fcntl(descriptor, F_OFD_SETLK, &whole_file); }) == 0) {
+        return 0;
+    }
+    return errno == EACCES ? EAGAIN : errno;
+}
+
 class PosixFile final : public File {
   public:
     PosixFile(Descriptor descriptor, std::string path)
@@ -250,6 +261,22 @@ class PosixFile final : public File {
         const std::lock_guard guard(mappings_mutex_);
         shared_mappings_.push_back(std::move(mapping));
         return bytes;
+    }
+
+    Result<FileIdentity> identity() override {
+        struct stat status{};
+        if (::fstat(descriptor_.get(), &status) != 0) {
+            return failed(errno, "stat", path_);
+        }
+        return FileIdentity{.device = status.st_dev, .inode = status.st_ino};
+    }
+
+    Result<void> lock() override {
+        const int error = lock_whole_file(descriptor_.get());
+        if (error == EAGAIN) {
+            return fail(ErrorCode::kBusy, fmt::format("{} is in use", path_));
+        }
+        return error == 0 ? Result<void>() : failed(error, "lock", path_);
     }
 
     int descriptor() const override { return descriptor_.get(); }
@@ -539,15 +566,10 @@ Result<std::unique_ptr<FileLock>> PosixFileSystem::lock(const std::string& path)
     if (!descriptor.valid()) {
         return failed(errno, "open lock file", path);
     }
-    struct flock whole_file{};
-    whole_file.l_type = F_WRLCK;
-    whole_file.l_whence = SEEK_SET;
-    if (retry_interrupted([&] { return ::fcntl(descriptor.get(), F_OFD_SETLK, &whole_file); }) !=
-        0) {
-        if (errno != EAGAIN && errno != EACCES) {
-            return failed(errno, "lock", path);
-        }
+    if (const int error = lock_whole_file(descriptor.get()); error == EAGAIN) {
         return fail(ErrorCode::kBusy, fmt::format("{} is {}", path, holder_of(descriptor.get())));
+    } else if (error != 0) {
+        return failed(error, "lock", path);
     }
     const std::string pid = fmt::format("{}\n", ::getpid());
     // Over the last holder's, whose place a full disk has. Where there is none the lock holds all

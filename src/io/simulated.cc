@@ -21,6 +21,7 @@ constexpr uint64_t kMaxFileBytes = uint64_t{16} << 40;
 constexpr uint64_t kUnlimitedBytes = uint64_t{1} << 50;
 constexpr size_t kMaxNameBytes = 255;
 constexpr int kFirstProcessId = 1000;
+constexpr std::string_view kBootIdPath = "/proc/sys/kernel/random/boot_id";
 
 std::unexpected<Error> failed(int errno_value, std::string_view operation, std::string_view path) {
     return std::unexpected(Error::from_errno(errno_value, fmt::format("{} {}", operation, path)));
@@ -85,6 +86,7 @@ struct SimulatedFileSystem::State {
     InodeRef root;
     uint64_t next_inode_id = 1;
     uint64_t next_name_sequence = 1;
+    uint64_t boots = 1;
     uint64_t space_limit_bytes = kUnlimitedBytes;
 
     // The running process. Files and locks of an earlier epoch are dead, for the reason named.
@@ -254,6 +256,31 @@ struct SimulatedFileSystem::State {
         return length;
     }
 
+    /// What Linux says at kBootIdPath: another value after each loss of power.
+    void write_boot_id() {
+        std::vector<std::string> names = components_of(kBootIdPath);
+        const std::string name = std::move(names.back());
+        names.pop_back();
+        InodeRef at = root;
+        for (const std::string& each : names) {
+            InodeRef& child = at->entries[each];
+            if (!child) {
+                child = make_inode(true, *at);
+                // Not of any disk: nothing of it is queued, counted or kept.
+                child->in_memory = true;
+            }
+            if (at == root) {
+                at->durable_entries[each] = child;
+                child->mounted = FileSystemType{FileSystemKind::kMemory, "proc"};
+                child->file_system_id = child->id;
+            }
+            at = InodeRef(child);
+        }
+        const InodeRef file = make_inode(false, *at);
+        file->write(bytes_of(std::string_view(fmt::format("simulated boot {}\n", boots))), 0);
+        at->entries[name] = file;
+    }
+
     void start_process(std::string why) {
         ++epoch;
         ++process_id;
@@ -270,6 +297,7 @@ struct SimulatedFileSystem::State {
         copy->root = std::move(root_of_copy);
         copy->next_inode_id = next_inode_id;
         copy->next_name_sequence = next_name_sequence;
+        copy->boots = boots;
         copy->space_limit_bytes = space_limit_bytes;
         copy->process_id = process_id + 1;
         return copy;
@@ -294,6 +322,12 @@ class SimulatedFile final : public File {
             if (::munmap(mapping.data(), mapping.size()) != 0) {
                 std::perror("stellarium: munmap");
                 std::abort();
+            }
+        }
+        if (holds_lock_) {
+            const std::lock_guard guard(state_->mutex);
+            if (epoch_ == state_->epoch) {
+                state_->locks.erase(inode_.get());
             }
         }
     }
@@ -475,6 +509,24 @@ class SimulatedFile final : public File {
         return mappings_.back();
     }
 
+    Result<FileIdentity> identity() override {
+        state_->notify(OperationKind::kQuery, path_);
+        const std::lock_guard guard(state_->mutex);
+        STELLARIUM_TRY(admit(OperationKind::kQuery, "stat", false));
+        return FileIdentity{.device = inode_->file_system_id, .inode = inode_->id};
+    }
+
+    Result<void> lock() override {
+        state_->notify(OperationKind::kLock, path_);
+        const std::lock_guard guard(state_->mutex);
+        STELLARIUM_TRY(admit(OperationKind::kLock, "lock", false));
+        if (!holds_lock_ && !state_->locks.emplace(inode_.get(), state_->process_id).second) {
+            return fail(ErrorCode::kBusy, fmt::format("{} is in use", path_));
+        }
+        holds_lock_ = true;
+        return {};
+    }
+
     int descriptor() const override { return -1; }
 
   private:
@@ -559,6 +611,7 @@ class SimulatedFile final : public File {
     const bool writable_;
     const uint64_t epoch_;
     bool poisoned_ = false;
+    bool holds_lock_ = false;
     std::vector<MutableBytes> mappings_;
 };
 
@@ -603,6 +656,7 @@ SimulatedFileSystem::SimulatedFileSystem() : state_(std::make_shared<State>()) {
     state_->root->id = state_->root->file_system_id = state_->next_inode_id++;
     state_->root->is_directory = true;
     state_->root->mounted = FileSystemType{FileSystemKind::kLocal, "simulated"};
+    state_->write_boot_id();
 }
 
 SimulatedFileSystem::SimulatedFileSystem(std::shared_ptr<State> state) : state_(std::move(state)) {}
@@ -912,6 +966,8 @@ void SimulatedFileSystem::set_process_id(int pid) {
 void SimulatedFileSystem::crash(uint64_t seed, CrashStyle style) {
     const std::lock_guard guard(state_->mutex);
     state_->root = crash_tree(*state_->root, seed, style);
+    ++state_->boots;
+    state_->write_boot_id();
     state_->start_process("the simulated machine has crashed");
 }
 
@@ -932,8 +988,10 @@ std::unique_ptr<SimulatedFileSystem> SimulatedFileSystem::fork() const {
 std::unique_ptr<SimulatedFileSystem> SimulatedFileSystem::crashed_copy(uint64_t seed,
                                                                        CrashStyle style) const {
     const std::lock_guard guard(state_->mutex);
-    return std::unique_ptr<SimulatedFileSystem>(
-        new SimulatedFileSystem(state_->copy_with(crash_tree(*state_->root, seed, style))));
+    const auto copy = state_->copy_with(crash_tree(*state_->root, seed, style));
+    ++copy->boots;
+    copy->write_boot_id();
+    return std::unique_ptr<SimulatedFileSystem>(new SimulatedFileSystem(copy));
 }
 
 void SimulatedFileSystem::damage(const std::string& path, uint64_t offset_bytes,

@@ -30,6 +30,8 @@
 // nothing; their mapped memory stays valid but is no longer part of the machine. The same holds for
 // what was given a process_env() before. env() itself knows no processes.
 //
+// /proc/sys/kernel/random/boot_id is there, and another one after each crash().
+//
 // Limits. Files reach 16 TiB and are sparse in pages of 4 KiB; copies of a machine share pages. A
 // file that was mapped shared lives in a memfd from then on, one descriptor a file, and copies of
 // the machine copy its bytes. Stores through the mapping of a file that is not on a memory file
