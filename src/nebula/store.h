@@ -134,6 +134,8 @@ struct StoreOptions {
     /// time.
     uint32_t index_rewrite_factor = 64;
 };
+/// In the store's directory, written in place for as long as the store lives.
+inline constexpr std::string_view kSuperblockName = "superblock";
 inline constexpr uint64_t kMinSegmentBytes = uint64_t{256} << 10;
 
 struct StoreStats {

@@ -38,7 +38,6 @@
 
 namespace stellarium::nebula {
 
-inline constexpr std::string_view kSuperblockName = "superblock";
 /// The superblock's name until a new store is complete.
 inline constexpr std::string_view kNewSuperblockName = "superblock.new";
 inline constexpr std::string_view kLockName = "lock";

@@ -9,6 +9,7 @@
 #include <fmt/format.h>
 
 #include "base/hash.h"
+#include "base/units.h"
 
 namespace stellarium::nova {
 namespace {
@@ -52,18 +53,34 @@ uint64_t to_little_endian(uint64_t value) {
     return word;
 }
 
+/// Stores into memory that the file system has no room for would kill the process.
+Result<void> allocate_all(io::File& file, uint64_t bytes) {
+    auto allocated = file.allocate(0, bytes);
+    if (!allocated && allocated.error().code() == ErrorCode::kNoSpace) {
+        return fail(ErrorCode::kNoSpace,
+                    fmt::format("the buffer for guest writes takes {} in the runtime directory, "
+                                "which has no room for it: make room there, choose another "
+                                "directory (--runtime-dir) or a smaller buffer (--memory): {}",
+                                format_size(bytes), allocated.error().message()));
+    }
+    return allocated;
+}
+
 }  // namespace
 
-Identity boot_identity(io::FileSystem& files) {
+Result<Identity> boot_identity(io::FileSystem& files) {
     Identity identity{};
     auto file = files.open("/proc/sys/kernel/random/boot_id", io::OpenMode::kReadOnly);
     if (!file) {
-        return identity;
+        if (file.error().code() == ErrorCode::kNotFound) {
+            return identity;
+        }
+        return std::unexpected(std::move(file).error());
     }
     std::array<std::byte, 64> text{};
-    const auto got = (*file)->pread(text, 0);
-    if (got && *got > 0) {
-        const Hash256 digest = hash(Bytes(text).first(*got));
+    STELLARIUM_ASSIGN(const size_t got, (*file)->pread(text, 0));
+    if (got > 0) {
+        const Hash256 digest = hash(Bytes(text).first(got));
         std::copy_n(digest.bytes.begin(), identity.size(), identity.begin());
     }
     return identity;
@@ -97,25 +114,38 @@ std::unique_ptr<Arena> Arena::make_private(uint64_t budget_bytes) {
 }
 
 Result<std::unique_ptr<Arena>> Arena::make_file(const io::Env& env, const std::string& path,
-                                                uint64_t budget_bytes, const Identity& store,
-                                                const Identity& identity) {
+                                                uint64_t budget_bytes, const ArenaOwner& owner,
+                                                const Identity& identity,
+                                                const Identity& previous) {
     const uint32_t slot_count = slots_of_budget(budget_bytes);
+    STELLARIUM_ASSIGN(const Identity boot, boot_identity(*env.files));
     const std::string fresh = path + ".new";
-    STELLARIUM_ASSIGN(const bool left_over, env.files->exists(fresh));
-    if (left_over) {
-        STELLARIUM_TRY(env.files->remove(fresh));
+    // What is at `path` is not needed, and its room may be.
+    for (const std::string& old : {fresh, path}) {
+        STELLARIUM_ASSIGN(const bool there, env.files->exists(old));
+        if (there) {
+            STELLARIUM_TRY(env.files->remove(old));
+        }
     }
     STELLARIUM_ASSIGN(auto file, env.files->open(fresh, io::OpenMode::kCreateNew));
+    STELLARIUM_TRY(file->lock());
     STELLARIUM_TRY(file->truncate(file_bytes(slot_count)));
+    if (auto allocated = allocate_all(*file, file_bytes(slot_count)); !allocated) {
+        [[maybe_unused]] const auto best_effort = env.files->remove(fresh);
+        return std::unexpected(std::move(allocated).error());
+    }
     STELLARIUM_ASSIGN(const MutableBytes memory, file->map_shared(0, file_bytes(slot_count)));
 
     ArenaHeader header{};
     header.magic = format::kArenaMagic;
     header.version = format::kArenaVersion;
     header.slot_count = slot_count;
-    header.store = store;
+    header.store = owner.store;
     header.arena = identity;
-    header.boot = boot_identity(*env.files);
+    header.previous = previous;
+    header.boot = boot;
+    header.device = owner.superblock.device;
+    header.inode = owner.superblock.inode;
     header.checksum = checksum64(bytes_of(header).first(offsetof(ArenaHeader, checksum)));
     std::memcpy(memory.data(), &header, sizeof header);
     STELLARIUM_TRY(env.files->rename(fresh, path));
@@ -123,6 +153,7 @@ Result<std::unique_ptr<Arena>> Arena::make_file(const io::Env& env, const std::s
     std::unique_ptr<Arena> arena(new Arena());
     arena->files_ = env.files;
     arena->path_ = path;
+    arena->identity_ = identity;
     arena->file_ = std::move(file);
     arena->lay_out(memory, slot_count);
     for (uint32_t i = slot_count; i > 0; --i) {
@@ -133,7 +164,7 @@ Result<std::unique_ptr<Arena>> Arena::make_file(const io::Env& env, const std::s
 }
 
 Result<std::unique_ptr<Arena>> Arena::open_file(const io::Env& env, const std::string& path,
-                                                const Identity& store, const Identity& identity,
+                                                const ArenaOwner& owner, const Identity& named,
                                                 std::string& why) {
     STELLARIUM_ASSIGN(const bool there, env.files->exists(path));
     if (!there) {
@@ -161,13 +192,24 @@ Result<std::unique_ptr<Arena>> Arena::open_file(const io::Env& env, const std::s
                                 "cleanly with the version that wrote it",
                                 path, header.version.get(), format::kArenaVersion));
     }
-    if (header.store != store || header.arena != identity) {
+    if (header.store != owner.store || (header.arena != named && header.previous != named)) {
         why = fmt::format("{} belongs to another store or another run", path);
         return nullptr;
     }
-    if (header.boot != boot_identity(*env.files)) {
+    if (header.device != owner.superblock.device || header.inode != owner.superblock.inode) {
+        why = fmt::format(
+            "{} belongs to another copy of this store, and stays as it is for that one", path);
+        return nullptr;
+    }
+    STELLARIUM_ASSIGN(const Identity boot, boot_identity(*env.files));
+    if (header.boot != boot || boot == Identity{}) {
         // Not on a memory file system: the host may have kept any part of it.
-        why = fmt::format("{} was left by an earlier boot of the host", path);
+        why = boot == Identity{}
+                  ? fmt::format(
+                        "nothing tells whether {} is of this boot of the host: the system "
+                        "has no boot id",
+                        path)
+                  : fmt::format("{} was left by an earlier boot of the host", path);
         return nullptr;
     }
     const uint32_t slot_count = header.slot_count;
@@ -176,10 +218,13 @@ Result<std::unique_ptr<Arena>> Arena::open_file(const io::Env& env, const std::s
                           slot_count);
         return nullptr;
     }
+    STELLARIUM_TRY(file->lock());
+    STELLARIUM_TRY(allocate_all(*file, size_bytes));
     STELLARIUM_ASSIGN(const MutableBytes memory, file->map_shared(0, size_bytes));
     std::unique_ptr<Arena> arena(new Arena());
     arena->files_ = env.files;
     arena->path_ = path;
+    arena->identity_ = header.arena;
     arena->file_ = std::move(file);
     arena->lay_out(memory, slot_count);
     return arena;

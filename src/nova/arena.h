@@ -1,8 +1,9 @@
 // The dirty arena: acknowledged guest writes that the log does not hold yet, in memory that
 // outlives the process.
 //
-// One file, mapped shared, in a directory on a memory file system; or private memory. It holds
-// slots of one page. A write fills fresh slots and publishes each by its header, checksum last, so
+// One file, mapped shared, in a directory on a memory file system; or private memory. The file is
+// locked while it is in use, and all of it is allocated before it has its name. It holds slots of
+// one page. A write fills fresh slots and publishes each by its header, checksum last, so
 // a slot is there wholly or not at all; then the older slot of the same page is freed. After the
 // death of the process the next one adopts the slots in sequence order. A discard within a leaf
 // takes one slot, whose data is a bitmap of the pages it still covers. Format:
@@ -22,7 +23,7 @@
 //
 // Thread rule: any function from any thread; calls for one slot are ordered by its user.
 // Durability: none against power loss, by design (docs/internals/crash-model.md).
-// Errors: open() gives those of io; kCorrupt is never given: what is not valid is not adopted.
+// Errors: those of io; kCorrupt is never given: what is not valid is not adopted.
 #pragma once
 
 #include <array>
@@ -48,22 +49,33 @@ inline constexpr Slot kNoSlot = ~Slot{0};
 
 using Identity = std::array<uint8_t, 16>;
 
-/// The boot id of this system, or zeros when it has none (the simulated machine, or no /proc).
-Identity boot_identity(io::FileSystem& files);
+/// The boot id of this system; zeros when it has none. Errors: it is there and cannot be read.
+Result<Identity> boot_identity(io::FileSystem& files);
+
+/// Whose an arena is: the store's uuid, and the file that its superblock is in. A copy of the store
+/// has the same uuid and another file, and must not take what belongs to the original.
+struct ArenaOwner {
+    Identity store{};
+    io::FileIdentity superblock;
+};
 
 class Arena {
   public:
     /// Private memory for `budget_bytes` of pages.
     static std::unique_ptr<Arena> make_private(uint64_t budget_bytes);
-    /// Makes a new file at `path`, replacing what was there. `identity` names this arena in the
-    /// log.
+    /// Makes a new file at `path`, replacing what was there, with all its memory allocated, so that
+    /// no store into it can fail. `identity` names this arena in the log, `previous` the one that
+    /// the log names until it does. kNoSpace names the directory and what to do.
     static Result<std::unique_ptr<Arena>> make_file(const io::Env& env, const std::string& path,
-                                                    uint64_t budget_bytes, const Identity& store,
-                                                    const Identity& identity);
-    /// Opens the arena `identity` of `store` at `path` as the last process left it. nullptr, with a
-    /// sentence in `why`, when there is none of this boot: then nothing can be adopted.
+                                                    uint64_t budget_bytes, const ArenaOwner& owner,
+                                                    const Identity& identity,
+                                                    const Identity& previous);
+    /// Opens the arena of `owner` at `path` as the last process left it: the one that the log names
+    /// (`named`), or one that replaced it and that the log does not name yet. nullptr, with a
+    /// sentence in `why`, when there is none of this boot: then nothing can be adopted. kBusy: it
+    /// is in use.
     static Result<std::unique_ptr<Arena>> open_file(const io::Env& env, const std::string& path,
-                                                    const Identity& store, const Identity& identity,
+                                                    const ArenaOwner& owner, const Identity& named,
                                                     std::string& why);
     ~Arena();
     Arena(const Arena&) = delete;
@@ -72,6 +84,8 @@ class Arena {
     uint32_t slot_count() const { return slot_count_; }
     uint64_t budget_bytes() const { return uint64_t{slot_count_} * kPageBytes; }
     const std::string& path() const { return path_; }  ///< Empty: private memory.
+    /// What names it in the log; zeros: private memory.
+    const Identity& identity() const { return identity_; }
 
     /// Appends `count` slots to `out` when the volume, which holds `held` now, may have them.
     bool reserve(uint64_t held, uint32_t count, std::vector<Slot>& out);
@@ -136,6 +150,7 @@ class Arena {
 
     io::FileSystem* files_ = nullptr;
     std::string path_;
+    Identity identity_{};
     std::unique_ptr<io::File> file_;
     std::unique_ptr<std::byte, void (*)(void*)> private_memory_{nullptr, nullptr};
     MutableBytes memory_;

@@ -280,13 +280,47 @@ Result<uint64_t> Committer::append_and_apply(
     if (auto error = broken()) {
         return std::unexpected(*std::move(error));
     }
+    std::shared_ptr<const PendingRecord> announced;
+    {
+        const std::lock_guard lock(announced_mutex_);
+        announced = announced_;
+    }
+    if (announced) {
+        batch.add_record(announced->kind, announced->payload);
+    }
     const std::shared_lock gate(gate_);
     STELLARIUM_ASSIGN(const nebula::Appended appended, store_.append(batch));
-    if (auto applied = apply(appended); !applied) {
+    auto applied = apply(appended);
+    if (applied && announced) {
+        applied = catalog_.apply(announced->kind, announced->payload);
+    }
+    if (!applied) {
         break_with(applied.error());
         return std::unexpected(std::move(applied).error());
     }
+    if (announced) {
+        const std::lock_guard lock(announced_mutex_);
+        if (announced_ == announced) {
+            announced_ = nullptr;
+        }
+    }
     return appended.sequence;
+}
+
+void Committer::announce(PendingRecord record) {
+    const std::lock_guard lock(announced_mutex_);
+    announced_ = std::make_shared<const PendingRecord>(std::move(record));
+}
+
+Result<uint64_t> Committer::commit_announced() {
+    {
+        const std::lock_guard lock(announced_mutex_);
+        if (!announced_) {
+            return store_.sequence();
+        }
+    }
+    nebula::WriteBatch batch;
+    return append_and_apply(batch, [](const nebula::Appended&) { return Result<void>(); });
 }
 
 /// Reads whatever applying the records will need, so that a failing read fails the commit before

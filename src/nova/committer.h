@@ -86,6 +86,13 @@ class Committer final : public Writeback {
     Result<uint64_t> commit_page(const Entity& entity, uint64_t page, Bytes content,
                                  std::span<const PendingRecord> records);
 
+    /// This record goes with the next batch, whatever that holds; it replaces the one before that
+    /// has not gone yet. Content that the arena it names does not know is never in the log without
+    /// it.
+    void announce(PendingRecord record);
+    /// Appends what was announced and has not gone yet. Returns the last sequence number.
+    Result<uint64_t> commit_announced();
+
     /// `done` is called, and destroyed, on any thread and without locks. It may call flush(), but
     /// must not wait for another flush_async().
     void flush_async(const std::shared_ptr<Volume>& volume, std::function<void(Result<void>)> done);
@@ -137,6 +144,9 @@ class Committer final : public Writeback {
     Catalog& catalog_;
     Arena& arena_;
     const CommitterOptions options_;
+
+    std::mutex announced_mutex_;
+    std::shared_ptr<const PendingRecord> announced_;  ///< Guarded by announced_mutex_.
 
     std::shared_mutex gate_;
     mutable std::mutex broken_mutex_;

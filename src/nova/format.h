@@ -206,7 +206,7 @@ static_assert(sizeof(CatalogDamage) == 16);
 // --- Arena (arena.md) ----------------------------------------------------------------------------
 
 inline constexpr std::array<uint8_t, 8> kArenaMagic = {'S', 'T', 'L', 'A', 'R', 'E', 'N', 'A'};
-inline constexpr uint32_t kArenaVersion = 1;
+inline constexpr uint32_t kArenaVersion = 2;
 
 /// First page of the file; slot headers follow, then, at a page boundary, the slots' data.
 struct ArenaHeader {
@@ -215,10 +215,13 @@ struct ArenaHeader {
     U32Le slot_count;
     std::array<uint8_t, 16> store;
     std::array<uint8_t, 16> arena;
-    std::array<uint8_t, 16> boot;  ///< Zeros when the system has no boot id.
-    U64Le checksum;                ///< Of the bytes before it.
+    std::array<uint8_t, 16> previous;  ///< The arena that the log named when this one was made.
+    std::array<uint8_t, 16> boot;      ///< Zeros when the system has no boot id.
+    U64Le device;                      ///< Of the store's superblock; a copy's is another one.
+    U64Le inode;
+    U64Le checksum;  ///< Of the bytes before it.
 };
-static_assert(sizeof(ArenaHeader) == 72);
+static_assert(sizeof(ArenaHeader) == 104);
 
 enum class ArenaSlotKind : uint32_t {
     kFree = 0,

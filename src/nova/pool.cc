@@ -143,7 +143,8 @@ class PoolImpl final : public Pool, public DeviceOwner {
     void warn_of_damage();
     Result<void> refuse_stale(const ArenaRecord& arena);
     std::unique_ptr<Committer> make_committer(Arena& arena, bool background);
-    void note_arena(const ArenaRecord& record);
+    Result<ArenaOwner> arena_owner() const;
+    void announce_arena();
     void stop_threads();
 
     // Running volumes.
@@ -210,6 +211,7 @@ class PoolImpl final : public Pool, public DeviceOwner {
     Catalog catalog_;
     StateLeases leases_;
     std::unique_ptr<Arena> arena_;
+    ArenaRecord arena_record_;  ///< What the log says of it, or will with the next batch.
     std::unique_ptr<Committer> committer_;
 
     mutable std::mutex warnings_mutex_;
@@ -380,11 +382,20 @@ Result<void> PoolImpl::recover() {
     return {};
 }
 
+Result<ArenaOwner> PoolImpl::arena_owner() const {
+    const std::string path = fmt::format("{}/{}", store_->directory(), nebula::kSuperblockName);
+    STELLARIUM_ASSIGN(const auto superblock, env_.files->open(path, io::OpenMode::kReadOnly));
+    STELLARIUM_ASSIGN(const io::FileIdentity identity, superblock->identity());
+    return ArenaOwner{.store = store_->uuid(), .superblock = identity};
+}
+
 /// Finds the acknowledged writes that the last process left, and makes room for new ones.
 ///
 /// The log names the arena, so that whoever opens the pool next finds it, whatever its options say.
-/// The name is kept for the next arena at the same place: opening needs no append, and works on a
-/// full disk. A file of an earlier boot, or of none, is told apart by its header.
+/// An arena is adopted only while nothing newer is in the log: one that is not adopted now, perhaps
+/// because it cannot be seen from here, must not come back later. So a new arena has a new
+/// identity, which is in the log before, or with, the first batch that this process appends. On a
+/// full disk it waits for that batch, and opening works.
 Result<void> PoolImpl::open_arena() {
     const ArenaRecord named = catalog_.arena();
     if (read_only_reason()) {
@@ -399,13 +410,16 @@ Result<void> PoolImpl::open_arena() {
         committer_ = make_committer(*arena_, /*background=*/false);
         return {};
     }
+    STELLARIUM_ASSIGN(const ArenaOwner owner, arena_owner());
+    // A copy of the store has a name of its own, and never replaces the original's file.
     const std::string own_path =
         options_.runtime_directory.empty()
             ? std::string()
-            : fmt::format("{}/{}.arena", options_.runtime_directory, hex(store_->uuid()));
+            : fmt::format("{}/{}-{:x}-{:x}.arena", options_.runtime_directory, hex(owner.store),
+                          owner.superblock.device, owner.superblock.inode);
     if (!named.path.empty()) {
         std::string why;
-        auto found = Arena::open_file(env_, named.path, store_->uuid(), named.id, why);
+        auto found = Arena::open_file(env_, named.path, owner, named.id, why);
         if (!found) {
             return std::unexpected(found.error().with_context(fmt::format(
                 "{} may hold acknowledged writes of this pool and cannot be opened", named.path)));
@@ -414,7 +428,7 @@ Result<void> PoolImpl::open_arena() {
             if (!named.closed) {
                 own_warnings_.push_back(
                     fmt::format("the pool was not closed cleanly, and writes "
-                                "that were not flushed are lost: {}",
+                                "that were not flushed are not in it: {}",
                                 why));
             }
         } else if (named.path == own_path) {
@@ -431,16 +445,26 @@ Result<void> PoolImpl::open_arena() {
                     arena_->release(slot.slot);
                 }
             }
+            arena_record_ = {.id = arena_->identity(), .closed = false, .path = own_path};
+            if (named.closed || named.id != arena_record_.id) {
+                announce_arena();
+            }
             return {};
         } else {
             STELLARIUM_TRY(adopt_foreign_arena(*std::move(found)));
         }
     }
+    env_.random->fill(std::as_writable_bytes(std::span(arena_record_.id)));
     if (own_path.empty()) {
         arena_ = Arena::make_private(options_.dirty_budget_bytes);
         committer_ = make_committer(*arena_, options_.background);
         if (!named.path.empty()) {
-            note_arena({.id = named.id, .closed = true, .path = named.path});
+            arena_record_.closed = true;
+            arena_record_.path = named.path;
+            committer_->announce(PendingRecord::of(arena_record_));
+            if (!named.closed) {
+                announce_arena();
+            }
         }
         return {};
     }
@@ -451,32 +475,31 @@ Result<void> PoolImpl::open_arena() {
                         "writes cause needless disk writes there",
                         options_.runtime_directory, type.name));
     }
-    ArenaRecord record{.id = named.id, .closed = false, .path = own_path};
-    if (named.path != own_path) {
-        env_.random->fill(std::as_writable_bytes(std::span(record.id)));
-    }
-    STELLARIUM_ASSIGN(arena_, Arena::make_file(env_, own_path, options_.dirty_budget_bytes,
-                                               store_->uuid(), record.id));
+    arena_record_.closed = false;
+    arena_record_.path = own_path;
+    const bool same_place = named.path == own_path;
+    STELLARIUM_ASSIGN(arena_,
+                      Arena::make_file(env_, own_path, options_.dirty_budget_bytes, owner,
+                                       arena_record_.id, same_place ? named.id : Identity{}));
     committer_ = make_committer(*arena_, options_.background);
-    if (named.path != own_path) {
-        // The log must name the arena before the first write is acknowledged from it.
-        const PendingRecord pending = PendingRecord::of(record);
-        STELLARIUM_ASSIGN(const uint64_t sequence, commit_alone(std::span(&pending, 1)));
-        return store_->sync(sequence);
+    committer_->announce(PendingRecord::of(arena_record_));
+    const auto logged = committer_->commit_announced();
+    if (!logged) {
+        // Whoever comes next finds it at the place that the log names, as the successor of the one
+        // that the log names.
+        if (same_place && logged.error().code() == ErrorCode::kNoSpace) {
+            return {};
+        }
+        return std::unexpected(logged.error());
     }
-    note_arena(record);
-    return {};
+    return store_->sync(*logged);
 }
 
-/// Says in the log whether the pool is open, so that a later warning is right. Nothing else depends
-/// on it: a full disk is no reason to stop.
-void PoolImpl::note_arena(const ArenaRecord& record) {
-    const ArenaRecord named = catalog_.arena();
-    if (named.closed != record.closed) {
-        const PendingRecord pending = PendingRecord::of(record);
-        const auto ignored = commit_alone(std::span(&pending, 1));
-        static_cast<void>(ignored);
-    }
+/// Says in the log what `arena_record_` says, now if there is room, else with the next batch.
+void PoolImpl::announce_arena() {
+    committer_->announce(PendingRecord::of(arena_record_));
+    const auto ignored = committer_->commit_announced();
+    static_cast<void>(ignored);
 }
 
 /// Appends everything that an arena at another place holds, and removes it.
@@ -514,10 +537,11 @@ Result<void> PoolImpl::refuse_stale(const ArenaRecord& arena) {
     const std::string reason = read_only_reason().value_or("the pool is read-only");
     const bool lost = store_->stats().records_lost;
     std::set<uint64_t> in_arena;
-    if (!arena.path.empty() && !arena.closed) {
+    if (!arena.path.empty()) {
         std::string why;
+        STELLARIUM_ASSIGN(const ArenaOwner owner, arena_owner());
         STELLARIUM_ASSIGN(const auto found,
-                          Arena::open_file(env_, arena.path, store_->uuid(), arena.id, why));
+                          Arena::open_file(env_, arena.path, owner, arena.id, why));
         if (found) {
             for (const Arena::Found& slot : found->adopt()) {
                 in_arena.insert(slot.volume);
@@ -638,9 +662,8 @@ Result<void> PoolImpl::close() {
     if (!arena_->path().empty()) {
         // Everything is in the log and durable. A file that is left over all the same holds
         // nothing.
-        ArenaRecord record = catalog_.arena();
-        record.closed = true;
-        note_arena(record);
+        arena_record_.closed = true;
+        announce_arena();
         STELLARIUM_TRY(arena_->remove_file());
     }
     STELLARIUM_TRY(store_->sync(store_->sequence()));
