@@ -312,7 +312,8 @@ TEST_F(CollectionTest, WhatIsLeftOfADeadSegmentIsMoved) {
         ASSERT_OK(store_->append(batch));
     }
     const PageAddress old_chunk = store_->resolve(chunks[1].id)->address;
-    const PageAddress old_object = store_->object_address(objects[2].id).value();
+    const std::optional<PageAddress> old_object = store_->object_address(objects[2].id);
+    ASSERT_TRUE(old_object);
     auto handle = store_->protect();
     append_chunk(*handle, chunks[3]);
     const CollectionReport report = keep_only({&chunks[1]}, {&objects[2]});

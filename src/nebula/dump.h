@@ -3,8 +3,8 @@
 // Made for damaged files too: what is wrong is said where it stands, and the dump goes on behind
 // it. Nothing is changed, no lock is taken, and no other file is needed: a segment copied out of a
 // broken store can be looked at alone. What garbage collection has freed of a segment is known from
-// the store around it, and looks damaged without that. (A writer may be appending to the file meanwhile; its end
-// may then look torn.)
+// the store around it, and looks damaged without that. (A writer may be appending to the file
+// meanwhile; its end may then look torn.)
 //
 // Thread rule: any thread. Ownership: nothing is kept. Durability: only reads.
 // Errors: kUnsupported for a file that is none of the store's; what the system reports. Damage is

@@ -39,9 +39,8 @@ class ReaderGate {
     };
 
     Pin enter() {
-        static thread_local const size_t shard =
-            std::hash<std::thread::id>()(std::this_thread::get_id()) % kShards;
-        return Pin(shards_[shard].inside[epoch_.load(std::memory_order_seq_cst) % 2]);
+        return Pin(
+            shards_[shard_of_this_thread()].inside[epoch_.load(std::memory_order_seq_cst) % 2]);
     }
 
     /// Returns when every pin taken before this call is gone.
@@ -62,6 +61,11 @@ class ReaderGate {
 
   private:
     static constexpr size_t kShards = 32;
+    static size_t shard_of_this_thread() {
+        thread_local const size_t shard =
+            std::hash<std::thread::id>()(std::this_thread::get_id()) % kShards;
+        return shard;
+    }
     struct alignas(64) Shard {
         std::array<std::atomic<uint64_t>, 2> inside{};
     };

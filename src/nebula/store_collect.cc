@@ -402,6 +402,9 @@ Result<CollectionReport> CollectionImpl::sweep(const SweepOptions& options) {
 /// Copies what is left of segments and packs that are mostly dead, so that they die as a whole.
 Result<void> CollectionImpl::move_sparse(const SweepOptions& options, Pace& pace) {
     for (Segment* segment : store_.segments_->all()) {
+        if (end_page_in(*segment) == 0 || !store_.segments_->metadata_damage(*segment).empty()) {
+            continue;  // Nothing of it is condemned, so there is nothing to gain.
+        }
         MarkSet::Bits live;
         {
             const std::lock_guard guard(store_.append_mutex_);

@@ -43,7 +43,7 @@ constexpr uint16_t kDrop = 2;
 using Set = std::bitset<kBlobs>;
 
 const std::vector<Blob>& blobs() {
-    static const std::vector<Blob> all = [] {
+    static const std::vector<Blob> kAll = [] {
         std::vector<Blob> made;
         for (uint64_t i = 0; i < kBlobs; ++i) {
             if (i < kFirstObject) {
@@ -54,7 +54,7 @@ const std::vector<Blob>& blobs() {
         }
         return made;
     }();
-    return all;
+    return kAll;
 }
 
 ByteVector encode_set(const Set& set) {

@@ -32,6 +32,7 @@ constexpr uint16_t kRecord = 1;
 
 std::vector<Blob> make_blobs() {
     std::vector<Blob> all;
+    all.reserve(kBlobs);
     for (uint64_t i = 0; i < kBlobs; ++i) {
         all.push_back(i < kFirstObject ? make_chunk(i, static_cast<uint32_t>(1 + i % 6))
                                        : make_blob(i, 100 + 50 * (i - kFirstObject)));
