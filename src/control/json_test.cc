@@ -52,6 +52,12 @@ TEST(ParseJson, SaysWhere) {
     EXPECT_EQ(parsed.error().message(), "the request body is not valid JSON: wrong at byte 7 of 7");
 }
 
+TEST(ParseJson, SaysNothingOfTheParser) {
+    const Result<Json> parsed = parse_json("[1e9999]", "request body");
+    ASSERT_FALSE(parsed);
+    EXPECT_EQ(parsed.error().message().find("json.exception"), std::string::npos);
+}
+
 TEST(ParseJson, DeepNestingIsAnErrorAndNoCrash) {
     const std::string deep(1'000'000, '[');
     EXPECT_FALSE(parse_json(deep, "request"));

@@ -15,7 +15,7 @@ namespace stellarium::control {
 inline constexpr size_t kUsualJsonBytes = size_t{1} << 20;
 
 struct Request {
-    std::string method;  ///< "GET", "POST", "PUT", "DELETE".
+    std::string method;  ///< "GET", "HEAD", "POST", "PUT", "DELETE".
     std::string target;  ///< Path and query, percent-encoded: "/v1/images/debian".
     std::string body;    ///< JSON text, or empty.
     /// Content for requests that upload; borrowed for the call. nullptr for all others.
@@ -26,6 +26,7 @@ struct Response {
     int status = 200;
     std::string content_type = "application/json";
     std::string body;
+    std::string allow;  ///< With status 405: the methods that are possible.
     /// Content of answers that download: `body` is empty then.
     std::unique_ptr<SparseSource> download;
 };

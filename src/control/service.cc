@@ -92,6 +92,32 @@ std::optional<std::vector<std::string>> match(std::string_view pattern,
     return values;
 }
 
+/// The parameters that operations take; all others take none.
+struct QueryKeys {
+    std::string_view operation;
+    std::vector<std::string> keys;
+};
+
+/// A mistyped parameter must not be as good as none.
+Result<void> check_query(const std::map<std::string, std::string, std::less<>>& query,
+                         std::string_view operation) {
+    static const std::vector<QueryKeys> kTaken{{"diff", {"a", "b", "from", "limit"}},
+                                               {"getContent", {"source"}},
+                                               {"listSnapshots", {"volume"}}};
+    const auto found = std::ranges::find(kTaken, operation, &QueryKeys::operation);
+    static const std::vector<std::string> kNone;
+    const std::vector<std::string>& keys = found == kTaken.end() ? kNone : found->keys;
+    for (const auto& [key, value] : query) {
+        if (std::ranges::find(keys, key) == keys.end()) {
+            return fail(ErrorCode::kInvalidArgument,
+                        fmt::format("'{}' is not a known parameter{}", key,
+                                    keys.empty() ? std::string("; this operation takes none")
+                                                 : did_you_mean(key, keys)));
+        }
+    }
+    return {};
+}
+
 Response json_response(int status, const Json& body) {
     Response response;
     response.status = status;
@@ -334,7 +360,10 @@ struct ControlService::Impl {
 
     /// The request's JSON body.
     static Result<Json> body_of(const Call& call) {
-        return parse_json(call.request.body, "request body", kMaxJsonValues);
+        constexpr std::string_view kWhat = "request body";
+        STELLARIUM_ASSIGN(Json body, parse_json(call.request.body, kWhat, kMaxJsonValues));
+        STELLARIUM_TRY(refuse_repeated_keys(call.request.body, kWhat));
+        return body;
     }
 
     // --- The store ------------------------------------------------------------------------------
@@ -442,7 +471,9 @@ struct ControlService::Impl {
         STELLARIUM_TRY(reader.finish());
         const std::scoped_lock lock(names_mutex);
         STELLARIUM_TRY(find_kind(call.values[0], kind));
-        STELLARIUM_TRY(pool.rename(call.values[0], name));
+        if (name != call.values[0]) {
+            STELLARIUM_TRY(pool.rename(call.values[0], name));
+        }
         STELLARIUM_ASSIGN(const nova::EntityInfo info, pool.find(name));
         return json_response(200, to_json(info));
     }
@@ -533,9 +564,18 @@ struct ControlService::Impl {
         STELLARIUM_ASSIGN(const Json body, body_of(call));
         ObjectReader reader(body, "request body");
         const uint64_t size_bytes = reader.required_size("size_bytes");
+        const bool shrink = reader.optional_bool("shrink").value_or(false);
         STELLARIUM_TRY(reader.finish());
         const std::scoped_lock lock(names_mutex);
-        STELLARIUM_TRY(find_kind(call.values[0], nova::EntityKind::kVolume));
+        STELLARIUM_ASSIGN(const nova::EntityInfo before,
+                          find_kind(call.values[0], nova::EntityKind::kVolume));
+        if (size_bytes < before.size_bytes && !shrink) {
+            return fail(ErrorCode::kInvalidArgument,
+                        fmt::format("'{}' has {} bytes, and what lies beyond {} would be "
+                                    "discarded: to shrink it, say so (--shrink, or \"shrink\": "
+                                    "true)",
+                                    call.values[0], before.size_bytes, size_bytes));
+        }
         STELLARIUM_ASSIGN(const nova::EntityInfo info, pool.resize(call.values[0], size_bytes));
         return json_response(200, to_json(info));
     }
@@ -569,8 +609,8 @@ struct ControlService::Impl {
             return fail(ErrorCode::kInvalidArgument,
                         fmt::format("'limit' must be from 1 to {}", kMaxDiffRanges));
         }
-        STELLARIUM_TRY(suggest(pool.find(a), a));
-        STELLARIUM_TRY(suggest(pool.find(b), b));
+        STELLARIUM_ASSIGN(const nova::EntityInfo first, suggest(pool.find(a), a));
+        STELLARIUM_ASSIGN(const nova::EntityInfo second, suggest(pool.find(b), b));
         Json ranges = Json::array();
         std::optional<uint64_t> next_offset;
         const Result<void> walked = pool.diff(a, b, [&](nova::DiffRange range) -> Result<void> {
@@ -588,8 +628,12 @@ struct ControlService::Impl {
         if (!walked && !next_offset) {
             return std::unexpected(walked.error());
         }
-        Json body{
-            {"a", a}, {"b", b}, {"ranges", std::move(ranges)}, {"next_offset_bytes", nullptr}};
+        Json body{{"a", a},
+                  {"b", b},
+                  {"a_size_bytes", first.size_bytes},
+                  {"b_size_bytes", second.size_bytes},
+                  {"ranges", std::move(ranges)},
+                  {"next_offset_bytes", nullptr}};
         if (next_offset) {
             body["next_offset_bytes"] = *next_offset;
         }
@@ -687,6 +731,14 @@ struct ControlService::Impl {
                             "clone it and attach the clone",
                             source,
                             info.kind == nova::EntityKind::kImage ? "an image" : "a snapshot"));
+        }
+        // A size that is no multiple of a sector is rounded up to one.
+        if (wanted.block_size_bytes > nova::kSectorBytes &&
+            info.size_bytes % wanted.block_size_bytes != 0) {
+            return fail(ErrorCode::kInvalidArgument,
+                        fmt::format("'{}' has {} bytes, which is no multiple of the block size {}: "
+                                    "attach it with block size 512, or resize it",
+                                    source, info.size_bytes, wanted.block_size_bytes));
         }
         if (options.host == nullptr) {
             return fail(ErrorCode::kUnavailable,
@@ -800,24 +852,36 @@ Response ControlService::handle(const Request& request) {
     if (!parsed) {
         return error_response(parsed.error());
     }
+    // HEAD is GET; whoever carries the answer leaves its content out.
+    const std::string_view method = request.method == "HEAD" ? "GET" : request.method;
     std::vector<std::string_view> other_methods;
     for (const Impl::Row& row : Impl::kRows) {
         std::optional<std::vector<std::string>> values = match(row.info.path, parsed->segments);
         if (!values) {
             continue;
         }
-        if (row.info.method != request.method) {
+        if (row.info.method != method) {
             other_methods.push_back(row.info.method);
             continue;
+        }
+        if (const Result<void> known = check_query(parsed->query, row.info.operation); !known) {
+            return error_response(known.error());
         }
         Impl::Call call{request, *std::move(values), std::move(parsed->query)};
         Result<Response> response = (impl_.get()->*row.handler)(call);
         return response ? *std::move(response) : error_response(response.error());
     }
     if (!other_methods.empty()) {
-        return error_response(Error(ErrorCode::kInvalidArgument,
-                                    fmt::format("{} is not possible on this path; possible: {}",
-                                                request.method, fmt::join(other_methods, ", "))));
+        if (std::ranges::find(other_methods, "GET") != other_methods.end()) {
+            other_methods.emplace_back("HEAD");
+        }
+        Response response =
+            error_response(Error(ErrorCode::kInvalidArgument,
+                                 fmt::format("{} is not possible on this path; possible: {}",
+                                             request.method, fmt::join(other_methods, ", "))));
+        response.status = 405;
+        response.allow = fmt::format("{}", fmt::join(other_methods, ", "));
+        return response;
     }
     return error_response(
         Error(ErrorCode::kNotFound, "there is no such operation; docs/api/openapi.json lists all"));

@@ -184,6 +184,62 @@ TEST_F(ServiceTest, VolumesLiveThroughAllOperations) {
     EXPECT_EQ(get("/v1/stats").at("volumes"), 1);
 }
 
+TEST_F(ServiceTest, ShrinkingDiscardsOnlyWhenItIsSaid) {
+    must(client_->call("POST", "/v1/volumes", Json{{"name", "v"}, {"size_bytes", "2MiB"}}));
+    const Error refused =
+        error_of("POST", "/v1/volumes/v/resize", R"({"size_bytes": 1048576, "shrink": false})");
+    EXPECT_EQ(refused.code(), ErrorCode::kInvalidArgument);
+    EXPECT_NE(refused.message().find("shrink"), std::string::npos);
+    EXPECT_EQ(get("/v1/volumes/v").at("size_bytes"), 2 << 20);
+    const Json shrunk = must(client_->call("POST", "/v1/volumes/v/resize",
+                                           Json{{"size_bytes", "1MiB"}, {"shrink", true}}));
+    EXPECT_EQ(shrunk.at("size_bytes"), 1 << 20);
+    must(client_->call("POST", "/v1/volumes/v/resize", Json{{"size_bytes", "1MiB"}}));
+}
+
+TEST_F(ServiceTest, ADifferenceNamesBothSizes) {
+    must(client_->call("POST", "/v1/volumes", Json{{"name", "a"}, {"size_bytes", "1MiB"}}));
+    must(client_->call("POST", "/v1/volumes", Json{{"name", "b"}, {"size_bytes", "2MiB"}}));
+    const Json diff = get("/v1/diff?a=a&b=b");
+    EXPECT_EQ(diff.at("a_size_bytes"), 1 << 20);
+    EXPECT_EQ(diff.at("b_size_bytes"), 2 << 20);
+    EXPECT_EQ(diff.at("ranges").size(), 0U);
+}
+
+TEST_F(ServiceTest, ARenameToTheSameNameIsDone) {
+    must(client_->call("POST", "/v1/volumes", Json{{"name", "a"}, {"size_bytes", "1MiB"}}));
+    EXPECT_EQ(must(client_->call("POST", "/v1/volumes/a/rename", Json{{"name", "a"}})).at("name"),
+              "a");
+    EXPECT_EQ(error_of("POST", "/v1/volumes/b/rename", R"({"name": "b"})").code(),
+              ErrorCode::kNotFound);
+}
+
+TEST_F(ServiceTest, MethodsThatAreNotPossibleAreNamed) {
+    const Response wrong = ask("PATCH", "/v1/volumes");
+    EXPECT_EQ(wrong.status, 405);
+    EXPECT_EQ(wrong.allow, "GET, POST, HEAD");
+    EXPECT_EQ(ask("HEAD", "/v1/checkpoint").allow, "POST");
+    EXPECT_EQ(ask("HEAD", "/v1/volumes").body, ask("GET", "/v1/volumes").body);
+    EXPECT_EQ(ask("GET", "/v1/nothing").status, 404);
+}
+
+TEST_F(ServiceTest, UnknownParametersAreRefused) {
+    const Error mistyped = error_of("GET", "/v1/snapshots?volme=v");
+    EXPECT_EQ(mistyped.code(), ErrorCode::kInvalidArgument);
+    EXPECT_NE(mistyped.message().find("did you mean 'volume'?"), std::string::npos);
+    EXPECT_NE(error_of("GET", "/v1/stats?verbose=1").message().find("takes none"),
+              std::string::npos);
+    EXPECT_EQ(error_of("DELETE", "/v1/volumes/v?force=1").code(), ErrorCode::kInvalidArgument);
+}
+
+TEST_F(ServiceTest, KeysThatAreThereTwiceAreRefused) {
+    const Error twice =
+        error_of("POST", "/v1/volumes", R"({"name":"a","name":"b","size_bytes":4096})");
+    EXPECT_EQ(twice.code(), ErrorCode::kInvalidArgument);
+    EXPECT_NE(twice.message().find("'name'"), std::string::npos) << twice.message();
+    EXPECT_EQ(get("/v1/volumes").size(), 0U);
+}
+
 TEST_F(ServiceTest, ADifferenceComesInPages) {
     must(client_->call("POST", "/v1/volumes", Json{{"name", "a"}, {"size_bytes", 1 << 20}}));
     must(client_->call("POST", "/v1/volumes", Json{{"name", "b"}, {"size_bytes", 1 << 20}}));
@@ -235,7 +291,6 @@ TEST_F(ServiceTest, RefusesWhatIsWrong) {
         {"GET", "/v1/nothing", "", ErrorCode::kNotFound},
         {"GET", "/", "", ErrorCode::kNotFound},
         {"GET", "", "", ErrorCode::kInvalidArgument},
-        {"PATCH", "/v1/volumes", "", ErrorCode::kInvalidArgument},
         {"GET", "/v1/volumes/..", "", ErrorCode::kInvalidArgument},
         {"GET", "/v1/volumes/a%2Fb", "", ErrorCode::kInvalidArgument},
         {"GET", "/v1/volumes/%zz", "", ErrorCode::kInvalidArgument},

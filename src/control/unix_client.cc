@@ -233,10 +233,21 @@ class UnixClient final : public ControlClient {
             asio::write(connection.socket, http::make_chunk_last(), code);
         }
         Result<Response> answer = read_small(connection);
-        if (!answer && code) {
-            return std::unexpected(transport_error(code, "upload"));
+        if (answer) {
+            return answer;
         }
-        return answer;
+        if (code) {
+            return fail(
+                ErrorCode::kUnavailable,
+                fmt::format("the daemon stopped in the middle of the upload, so nothing was "
+                            "taken over: begin again ({})",
+                            code.message()));
+        }
+        return fail(
+            answer.error().code(),
+            fmt::format("all was uploaded, but whether it was taken over is not known: look "
+                        "({})",
+                        answer.error().message()));
     }
 
     static Result<Response> read_small(Connection& connection) {

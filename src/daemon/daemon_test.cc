@@ -694,7 +694,7 @@ TEST_F(HostTest, MetricsNameEachDevice) {
     MetricsHandler handler(metrics);
     EXPECT_EQ(handler.handle({"GET", "/metrics", "", nullptr}).status, 200);
     EXPECT_EQ(handler.handle({"GET", "/v1/volumes", "", nullptr}).status, 404);
-    EXPECT_EQ(handler.handle({"POST", "/metrics", "", nullptr}).status, 404);
+    EXPECT_EQ(handler.handle({"POST", "/metrics", "", nullptr}).status, 405);
 }
 
 }  // namespace

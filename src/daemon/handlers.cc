@@ -14,9 +14,17 @@ constexpr const char* kMetricsTarget = "/metrics";
 }  // namespace
 
 control::Response MetricsHandler::handle(const control::Request& request) {
-    if (request.method != "GET" || request.target != kMetricsTarget) {
+    if (request.target != kMetricsTarget) {
         return control::error_response(
             Error(ErrorCode::kNotFound, "only GET /metrics is answered here"));
+    }
+    if (request.method != "GET" && request.method != "HEAD") {
+        control::Response refused = control::error_response(Error(
+            ErrorCode::kInvalidArgument,
+            fmt::format("{} is not possible on /metrics; possible: GET, HEAD", request.method)));
+        refused.status = 405;
+        refused.allow = "GET, HEAD";
+        return refused;
     }
     control::Response response;
     response.content_type = kMetricsContentType;

@@ -60,6 +60,7 @@ constexpr uint64_t kNoBodyLimit = std::numeric_limits<uint64_t>::max();
 constexpr size_t kReadBytes = 65536;
 constexpr size_t kBufferBytes = size_t{1} << 20;
 constexpr std::chrono::milliseconds kAcceptRetry{100};
+constexpr std::string_view kHeadMethod = "HEAD";
 
 }  // namespace
 
@@ -275,7 +276,7 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
         asio::post(server_->workers, [self = shared_from_this()] {
             auto response = std::make_shared<Response>(self->handle());
             asio::post(self->server_->io, [self, response] {
-                if (!response->download) {
+                if (!response->download || self->request_.method == kHeadMethod) {
                     return self->answer(std::move(*response));
                 }
                 self->start_stream([self, response] { self->run_download(*response->download); });
@@ -301,12 +302,21 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
         activity_ = Activity::kBusy;
         const auto message = std::make_shared<http::response<http::string_body>>(
             static_cast<http::status>(response.status), 11);
+        if (!response.allow.empty()) {
+            message->set(http::field::allow, response.allow);
+        }
         if (response.status != 204) {
             message->set(http::field::content_type, response.content_type);
             message->body() = std::move(response.body);
         }
         message->keep_alive(keep_alive_ && !server_->stopping);
         message->prepare_payload();
+        if (request_.method == kHeadMethod) {
+            message->body().clear();  // Its length was said.
+            if (response.download) {
+                message->content_length(boost::none);
+            }
+        }
         stream_.expires_after(server_->options.header_timeout);
         http::async_write(stream_, *message,
                           [self = shared_from_this(), message](ErrorCodeOfBoost code, size_t) {
@@ -388,7 +398,8 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
 
     Error stream_error(ErrorCodeOfBoost code, std::string_view what) const {
         if (code == asio::error::operation_aborted || code == asio::error::bad_descriptor) {
-            return {ErrorCode::kCancelled, fmt::format("{}: the daemon is shutting down", what)};
+            return {ErrorCode::kUnavailable,
+                    fmt::format("{}: the daemon is stopping, so nothing was taken over", what)};
         }
         if (code == beast::error::timeout) {
             return {ErrorCode::kCancelled, fmt::format("{}: nothing came for too long", what)};
