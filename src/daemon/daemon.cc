@@ -1,5 +1,6 @@
 #include "daemon/daemon.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <csignal>
@@ -10,6 +11,7 @@
 #include <systemd/sd-daemon.h>
 #include <unistd.h>
 
+#include "control/client.h"
 #include "control/locations.h"
 #include "control/service.h"
 #include "daemon/handlers.h"
@@ -63,6 +65,40 @@ void wait_for_stop(Log& log) {
             log.info("stopping", {{"signal", std::to_string(signal_number)},
                                   {"sender_pid", std::to_string(info.si_pid)}});
             return;
+        }
+    }
+}
+
+/// A command may have the store for a moment, also one of the script that started us.
+constexpr std::chrono::seconds kStoreTimeout{10};
+constexpr std::chrono::milliseconds kStorePause{50};
+
+bool another_daemon_answers(const io::Env& env, const std::string& store) {
+    return std::ranges::any_of(
+        control::control_socket_candidates(*env.files, store),
+        [](const std::string& socket) { return control::connect_unix(socket).has_value(); });
+}
+
+/// Opens the store, waiting for a command that has it. nullptr when a signal to stop came first.
+Result<std::unique_ptr<nova::Pool>> open_pool(const io::Env& env, const std::string& store,
+                                              const nova::PoolOptions& options, Log& log) {
+    const auto end = std::chrono::steady_clock::now() + kStoreTimeout;
+    bool told = false;
+    while (true) {
+        auto pool = nova::Pool::open(env, store, options);
+        if (pool || pool.error().code() != ErrorCode::kBusy ||
+            std::chrono::steady_clock::now() >= end || another_daemon_answers(env, store)) {
+            return pool;
+        }
+        if (!told) {
+            told = true;
+            log.info("waiting", {{"message", pool.error().message()}});
+        }
+        const sigset_t set = stop_signals();
+        const timespec pause{.tv_sec = 0, .tv_nsec = std::chrono::nanoseconds(kStorePause).count()};
+        if (const int signal_number = sigtimedwait(&set, nullptr, &pause); signal_number > 0) {
+            log.info("stopping", {{"signal", std::to_string(signal_number)}});
+            return nullptr;
         }
     }
 }
@@ -144,7 +180,10 @@ Result<void> run_daemon(const DaemonConfig& config, const std::string& version, 
         log.warning("store", {{"message", sentence}});
     };
     STELLARIUM_ASSIGN(const std::unique_ptr<nova::Pool> pool,
-                      nova::Pool::open(env, config.store, options));
+                      open_pool(env, config.store, options, log));
+    if (!pool) {
+        return {};
+    }
     for (const std::string& warning : pool->warnings()) {
         log.warning("store", {{"message", warning}});
     }

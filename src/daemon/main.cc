@@ -1,8 +1,9 @@
 // stellariumd: reads what it is told, checks all of it, and runs the daemon.
+#include <charconv>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
-#include <sstream>
+#include <iterator>
 
 #include <CLI/App.hpp>
 #include <CLI/Config.hpp>
@@ -43,13 +44,21 @@ Result<Json> read_config_file(const std::string& path) {
     if (!file) {
         return std::unexpected(Error::from_errno(errno, "config file " + path));
     }
-    std::ostringstream text;
-    text << file.rdbuf();
-    if (!file) {
+    std::error_code ignored;
+    if (std::filesystem::is_directory(path, ignored)) {
+        return fail(ErrorCode::kInvalidArgument, "config file " + path + " is a directory");
+    }
+    const std::string text(std::istreambuf_iterator<char>(file), {});
+    if (file.bad()) {
         return fail(ErrorCode::kIo, "config file " + path + " cannot be read");
     }
-    STELLARIUM_ASSIGN(Json settings, control::parse_json(text.str(), "config file " + path));
-    STELLARIUM_TRY(control::refuse_repeated_keys(text.str(), "config file " + path));
+    if (text.empty()) {
+        return fail(
+            ErrorCode::kInvalidArgument,
+            "config file " + path + " is empty; it must hold a JSON object: {} says nothing");
+    }
+    STELLARIUM_ASSIGN(Json settings, control::parse_json(text, "config file " + path));
+    STELLARIUM_TRY(control::refuse_repeated_keys(text, "config file " + path));
     return settings;
 }
 
@@ -68,8 +77,16 @@ int run(int argc, char** argv) {
     };
     const auto number_option = [&](const std::string& name, const std::string& key,
                                    const std::string& help) {
-        app.add_option_function<uint64_t>(
-               name, [&given, key](const uint64_t& value) { given[key] = value; }, help)
+        app.add_option_function<std::string>(
+               name,
+               [&given, key](const std::string& text) {
+                   uint64_t value = 0;
+                   const char* const end = text.data() + text.size();
+                   const auto [stop, code] = std::from_chars(text.data(), end, value);
+                   // What is no number is complained about with all the rest, with its range.
+                   given[key] = code == std::errc() && stop == end ? Json(value) : Json(text);
+               },
+               help)
             ->type_name("N");
     };
     std::string config_path;
@@ -89,12 +106,14 @@ int run(int argc, char** argv) {
                 "DIR");
     text_option("--metrics-listen", "metrics_listen", "serve GET /metrics on TCP too", "HOST:PORT");
     text_option("--memory", "memory",
-                "for unflushed writes and cached maps, besides the page cache (default: 320MiB)",
+                "for unflushed writes and cached maps, besides the page cache, 16MiB to 1TiB "
+                "(default: 320MiB)",
                 "SIZE");
     number_option("--writeback-age-ms", "writeback_age_ms",
-                  "unflushed writes older than this are written to the log (default: 5000)");
+                  "unflushed writes older than this are written to the log, 10 to 3600000 "
+                  "(default: 5000)");
     number_option("--threads", "threads",
-                  "threads that serve guests (default: one for each processor)");
+                  "threads that serve guests, 1 to 256; 0: one for each processor (default)");
     text_option("--verify", "verify",
                 "check chunks against their ids at the 'first' read (default) or 'always'", "WHEN");
     app.add_flag_function(
