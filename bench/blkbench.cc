@@ -561,7 +561,11 @@ int run(int argc, char** argv) {
     app.add_flag("--spin", options.spin, "Look for completions all the time, without calls");
     app.add_flag("--huge-pages", options.huge_pages, "Guest memory on 2 MiB pages");
     app.add_flag("--json", options.json, "Report as JSON");
-    CLI11_PARSE(app, argc, argv);
+    try {
+        app.parse(argc, argv);
+    } catch (const CLI::ParseError& error) {
+        return app.exit(error) == 0 ? 0 : error_mapping(ErrorCode::kInvalidArgument).exit_code;
+    }
 
     Result<Totals> totals = [&]() -> Result<Totals> {
         STELLARIUM_TRY(parse_sizes(options));

@@ -85,6 +85,9 @@ Result<void> Store::create(const io::Env& env, const std::string& directory,
     std::vector<std::string> warnings;
     STELLARIUM_TRY(check_file_system(env, directory, options, warnings));
     STELLARIUM_ASSIGN(const auto entries, files.list(directory));
+    if (std::ranges::find(entries, kSuperblockName, &io::DirectoryEntry::name) != entries.end()) {
+        return fail(ErrorCode::kAlreadyExists, fmt::format("{} already holds a store", directory));
+    }
     for (const io::DirectoryEntry& entry : entries) {
         // What an interrupted creation leaves behind; the superblock's name comes last.
         if (entry.name == kSegmentsName && entry.is_directory) {
@@ -96,12 +99,10 @@ Result<void> Store::create(const io::Env& env, const std::string& directory,
         if (entry.name == kNewSuperblockName || entry.name == kLockName) {
             continue;
         }
-        return fail(ErrorCode::kAlreadyExists,
-                    entry.name == kSuperblockName
-                        ? fmt::format("{} already holds a store", directory)
-                        : fmt::format("{} is not empty (it has '{}'): a store needs a directory of "
-                                      "its own",
-                                      directory, entry.name));
+        return fail(
+            ErrorCode::kAlreadyExists,
+            fmt::format("{} is not empty (it has '{}'): a store needs a directory of its own",
+                        directory, entry.name));
     }
     STELLARIUM_ASSIGN(const auto lock, files.lock(join_path(directory, kLockName)));
     const std::string segments = join_path(directory, kSegmentsName);

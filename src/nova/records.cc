@@ -181,7 +181,8 @@ Result<void> check_name(std::string_view name) {
     if (name.empty() || name.size() > kMaxNameBytes ||
         !std::all_of(name.begin(), name.end(), allowed) || name == "." || name == "..") {
         return fail(ErrorCode::kInvalidArgument,
-                    fmt::format("'{}' is not a valid name: use 1 to {} of A-Z a-z 0-9 . _ -",
+                    fmt::format("'{}' is not a valid name: use 1 to {} of A-Z a-z 0-9 . _ - (and "
+                                "not '.' or '..' alone)",
                                 name.substr(0, kMaxNameBytes), kMaxNameBytes));
     }
     return {};
