@@ -1,6 +1,8 @@
 #include "cli/app.h"
 
 #include <array>
+#include <charconv>
+#include <functional>
 #include <memory>
 
 #include <CLI/App.hpp>
@@ -8,17 +10,19 @@
 #include <CLI/Formatter.hpp>
 #include <fmt/format.h>
 
+#include "control/attachment.h"
 #include "control/suggest.h"
+#include "nova/limits.h"
 
 namespace stellarium::cli {
 namespace {
 
-constexpr const char* kFooter = R"(A first session:
+constexpr const char* kFooter = R"(Examples, a first session:
   stellarctl init
   stellarctl image import debian debian.qcow2
   stellarctl volume clone debian vm-{n} --count 1000
   stellariumd &
-  stellarctl attach vm-1 --vhost-user /run/user/1000/vm-1.sock
+  stellarctl attach vm-1 --vhost-user ./vm-1.sock
   stellarctl snapshot create vm-1 before-upgrade
   stellarctl stats
 
@@ -29,16 +33,32 @@ VOLUME@SNAPSHOT.
 
 Exit codes: 0 done, 1 unexpected, 2 wrong words or values, 3 not found, 4 exists already, 5 busy,
 6 corrupt, 7 unsupported, 8 I/O error, 9 no space, 10 read-only, 11 permission denied, 12 limit
-exceeded, 13 unavailable (no daemon, a missing tool), 14 would block, 15 interrupted,
-16 cancelled, 17 protocol error. See stellarctl(1).)";
+exceeded, 13 unavailable (no daemon, a missing tool), 14 would block, 15 broken off by the system
+before anything happened, 16 interrupted (Ctrl-C) or cancelled, 17 protocol error, 18 gone
+meanwhile. See stellarctl(1).)";
+
+struct NumberRange {
+    uint64_t least = 0;
+    uint64_t most = 0;
+};
+constexpr uint64_t kMaxLockTimeoutSeconds = 86'400;
+
+/// An empty word is a variable that was not set; the default in its place would be a surprise.
+CLI::Validator not_empty(const std::string& what) {
+    return {[what](std::string& value) {
+                return value.empty() ? "it is empty, and must name " + what : std::string();
+            },
+            ""};
+}
 
 /// Builds the commands, each with what all of them share.
 class Builder {
   public:
     Builder(CLI::App& app, Invocation& invocation) : app_(app), invocation_(invocation) {}
 
-    CLI::App* group(const std::string& name, const std::string& help) {
+    CLI::App* group(const std::string& name, const std::string& help, const std::string& examples) {
         CLI::App* const noun = app_.add_subcommand(name, help);
+        noun->footer("Examples:\n" + examples);
         noun->require_subcommand(1);
         return noun;
     }
@@ -60,11 +80,20 @@ class Builder {
     /// Options that every command takes, before or after its words.
     void common(CLI::App* app) {
         const auto in_group = [](CLI::Option* option) { option->group("Common options"); };
-        in_group(
-            app->add_option("--store", invocation_.location.store, "the store")->type_name("DIR"));
+        in_group(app->add_option("--store", invocation_.location.store, "the store")
+                     ->type_name("DIR")
+                     ->check(not_empty("a folder")));
         in_group(app->add_option("--socket", invocation_.location.socket,
                                  "the control socket of the daemon to use")
-                     ->type_name("PATH"));
+                     ->type_name("PATH")
+                     ->check(not_empty("a socket")));
+        std::chrono::milliseconds& lock_timeout = invocation_.location.lock_timeout;
+        in_group(number(
+            app, "--lock-timeout", {0, kMaxLockTimeoutSeconds}, "SECONDS",
+            fmt::format("how long to wait for another command that has the store, or "
+                        "a daemon that is starting (default: {})",
+                        kDefaultLockTimeout.count()),
+            [&lock_timeout](uint64_t seconds) { lock_timeout = std::chrono::seconds(seconds); }));
         in_group(app->add_flag("--json", invocation_.json, "print JSON"));
         in_group(app->add_flag("--bytes", invocation_.exact_bytes, "print sizes in bytes"));
         in_group(app->add_flag("--no-progress", invocation_.no_progress,
@@ -72,6 +101,29 @@ class Builder {
         in_group(app->add_flag("--allow-unsafe-file-system",
                                invocation_.location.allow_unsafe_file_system,
                                "use a store on a network file system all the same"));
+    }
+
+    /// An option with a whole number as its value, in the range.
+    static CLI::Option* number(CLI::App* app, const std::string& name, NumberRange range,
+                               const std::string& type, const std::string& help,
+                               const std::function<void(uint64_t)>& take) {
+        return app
+            ->add_option_function<std::string>(
+                name,
+                [name, range, take](const std::string& text) {
+                    uint64_t value = 0;
+                    const char* const end = text.data() + text.size();
+                    const auto [stop, code] = std::from_chars(text.data(), end, value);
+                    if (code != std::errc() || stop != end || value < range.least ||
+                        value > range.most) {
+                        throw CLI::ValidationError(
+                            name, fmt::format("'{}' is not a whole number from {} to {}", text,
+                                              range.least, range.most));
+                    }
+                    take(value);
+                },
+                help)
+            ->type_name(type);
     }
 
     CLI::Option* word(CLI::App* app, const std::string& name, std::string& into,
@@ -82,6 +134,16 @@ class Builder {
     void allow_stale(CLI::App* app) {
         app->add_flag("--allow-stale", invocation_.location.allow_stale,
                       "of a damaged store, take what the volume held before what is missing");
+    }
+    /// What lists share: which, and how much of each.
+    void listing(CLI::App* app, const std::string& type) {
+        app->add_option("NAME", invocation_.arguments.names,
+                        "only these: names, or patterns with *")
+            ->type_name(type);
+        names_only(app);
+    }
+    void names_only(CLI::App* app) {
+        app->add_flag("-q,--quiet", invocation_.arguments.quiet, "print only the names");
     }
 
     Arguments& arguments() { return invocation_.arguments; }
@@ -94,24 +156,33 @@ class Builder {
 void add_image_commands(CLI::App& app, Builder& builder) {
     Arguments& arguments = builder.arguments();
     (void)app;
-    CLI::App* const image = builder.group("image", "Images: read-only disks to clone from");
+    CLI::App* const image = builder.group("image", "Images: read-only disks to clone from",
+                                          "  stellarctl image import debian debian.qcow2\n"
+                                          "  stellarctl image ls\n"
+                                          "  stellarctl help image import");
     CLI::App* verb = builder.command(
-        image, "import", "Import a disk image: raw, qcow2, vmdk, vhdx, vdi, found by content",
+        image, "import", "Import a disk image: raw, qcow2, vmdk, vhdx, vdi, vpc, found by content",
         image_import,
         "  stellarctl image import debian debian.qcow2\n"
         "  stellarctl image import empty-disk /dev/vdb\n"
-        "  curl -s https://example.org/disk.raw.xz | xz -d | stellarctl image import disk -");
+        "  curl -s https://example.org/disk.raw.xz | xz -dc | stellarctl image import disk -\n"
+        "  zstd -dc disk.raw.zst | stellarctl image import disk -");
     builder.word(verb, "NAME", arguments.name, "name of the new image", "");
     builder.word(verb, "PATH", arguments.path, "the file; '-' reads raw bytes from standard input",
                  "FILE");
     verb->add_option("--format", arguments.format,
-                     "take the file for this format, whatever its content looks like")
+                     "take the file for this format, whatever its content looks like: raw, qcow2, "
+                     "vmdk, vhdx, vdi or vpc")
         ->type_name("FORMAT");
     verb->add_flag("--allow-backing", arguments.allow_backing,
                    "follow references to other files (backing file, data file) in the image");
+    verb->add_flag("--allow-empty", arguments.allow_empty,
+                   "make an image of 0 bytes of a pipe that gives nothing");
 
-    builder.command(image, "ls", "List the images", image_list,
-                    "  stellarctl image ls\n  stellarctl image ls --json");
+    verb = builder.command(image, "ls", "List the images", image_list,
+                           "  stellarctl image ls\n"
+                           "  stellarctl image ls 'debian-*' --json");
+    builder.listing(verb, "IMAGE");
     verb = builder.command(image, "info", "Show an image", image_info,
                            "  stellarctl image info debian");
     builder.word(verb, "NAME", arguments.name, "the image", "IMAGE");
@@ -133,7 +204,10 @@ void add_image_commands(CLI::App& app, Builder& builder) {
 
 void add_volume_commands(Builder& builder) {
     Arguments& arguments = builder.arguments();
-    CLI::App* const volume = builder.group("volume", "Volumes: writable disks");
+    CLI::App* const volume = builder.group("volume", "Volumes: writable disks",
+                                           "  stellarctl volume create data --size 10GiB\n"
+                                           "  stellarctl volume clone debian vm-1\n"
+                                           "  stellarctl help volume clone");
     CLI::App* verb = builder.command(volume, "create", "Make an empty volume", volume_create,
                                      "  stellarctl volume create data --size 10GiB");
     builder.word(verb, "NAME", arguments.name, "name of the new volume", "");
@@ -148,17 +222,28 @@ void add_volume_commands(Builder& builder) {
                         "  stellarctl volume clone debian vm-{n} --count 1000   # vm-1 to vm-1000");
     builder.word(verb, "SOURCE", arguments.source, "image, volume or VOLUME@SNAPSHOT", "SOURCE");
     builder.word(verb, "NAME", arguments.name, "name of the clone; {n} becomes its number", "");
-    verb->add_option("--count", arguments.count, "make this many, all or none")->type_name("N");
+    Builder::number(verb, "--count", {1, nova::kMaxClonesPerCall}, "N",
+                    fmt::format("make this many, 1 to {}, all or none", nova::kMaxClonesPerCall),
+                    [&arguments](uint64_t count) { arguments.count = count; });
 
-    builder.command(volume, "ls", "List the volumes", volume_list,
-                    "  stellarctl volume ls\n  stellarctl volume ls --json | jq -r '.[].name'");
-    verb = builder.command(volume, "info", "Show a volume", volume_info,
-                           "  stellarctl volume info vm-1");
-    builder.word(verb, "NAME", arguments.name, "the volume", "VOLUME");
+    verb = builder.command(volume, "ls", "List the volumes", volume_list,
+                           "  stellarctl volume ls\n"
+                           "  stellarctl volume ls --json | jq -r '.[].name'\n"
+                           "  stellarctl volume rm $(stellarctl volume ls -q 'ci-*')");
+    builder.listing(verb, "VOLUME");
+    verb = builder.command(volume, "info", "Show a volume, or a snapshot of it", volume_info,
+                           "  stellarctl volume info vm-1\n"
+                           "  stellarctl volume info vm-1@before-upgrade");
+    builder.word(verb, "NAME", arguments.name, "volume or VOLUME@SNAPSHOT", "VOLUME");
     verb = builder.command(volume, "resize", "Grow a volume, or shrink it while it is not attached",
-                           volume_resize, "  stellarctl volume resize vm-1 20GiB");
+                           volume_resize,
+                           "  stellarctl volume resize vm-1 20GiB\n"
+                           "  stellarctl volume resize vm-1 +5GiB\n"
+                           "  stellarctl volume resize vm-1 10GiB --shrink   # discards the end");
     builder.word(verb, "NAME", arguments.name, "the volume", "VOLUME");
-    builder.word(verb, "SIZE", arguments.size, "its new size", "");
+    builder.word(verb, "SIZE", arguments.size, "its new size, or +SIZE to add to it", "");
+    verb->add_flag("--shrink", arguments.shrink,
+                   "make it smaller, and discard what lies beyond the new size");
     verb = builder.command(volume, "rename", "Rename a volume", volume_rename,
                            "  stellarctl volume rename vm-1 web-1");
     builder.word(verb, "OLD", arguments.name, "the volume", "VOLUME");
@@ -185,29 +270,36 @@ void add_volume_commands(Builder& builder) {
 
 void add_snapshot_commands(Builder& builder) {
     Arguments& arguments = builder.arguments();
-    CLI::App* const snapshot = builder.group("snapshot", "Snapshots: kept states of volumes");
+    CLI::App* const snapshot = builder.group("snapshot", "Snapshots: kept states of volumes",
+                                             "  stellarctl snapshot create vm-1 before-upgrade\n"
+                                             "  stellarctl snapshot rollback vm-1 before-upgrade\n"
+                                             "  stellarctl help snapshot rollback");
+    const auto name_words = [&](CLI::App* verb, const std::string& type) {
+        builder.word(verb, "VOLUME", arguments.name, "the volume, or VOLUME@NAME", "VOLUME");
+        verb->add_option("NAME", arguments.other_name, "the snapshot's name")->type_name(type);
+    };
     CLI::App* verb =
         builder.command(snapshot, "create", "Keep the present state of a volume", snapshot_create,
-                        "  stellarctl snapshot create vm-1 before-upgrade");
-    builder.word(verb, "VOLUME", arguments.name, "the volume", "VOLUME");
-    builder.word(verb, "NAME", arguments.other_name, "name of the snapshot", "");
+                        "  stellarctl snapshot create vm-1 before-upgrade\n"
+                        "  stellarctl snapshot create vm-1@before-upgrade   # the same");
+    name_words(verb, "");
     verb =
         builder.command(snapshot, "ls", "List the snapshots of one or all volumes", snapshot_list,
                         "  stellarctl snapshot ls\n  stellarctl snapshot ls vm-1 --json");
     verb->add_option("VOLUME", arguments.name, "the volume; all when left out")
         ->type_name("VOLUME");
+    builder.names_only(verb);
     verb = builder.command(snapshot, "info", "Show a snapshot", snapshot_info,
                            "  stellarctl snapshot info vm-1 before-upgrade");
-    builder.word(verb, "VOLUME", arguments.name, "the volume", "VOLUME");
-    builder.word(verb, "NAME", arguments.other_name, "the snapshot", "SNAPSHOT");
-    verb = builder.command(snapshot, "rollback", "Make a volume equal to one of its snapshots",
+    name_words(verb, "SNAPSHOT");
+    verb = builder.command(snapshot, "rollback",
+                           "Make a volume, not attached, equal to one of its snapshots",
                            snapshot_rollback, "  stellarctl snapshot rollback vm-1 before-upgrade");
-    builder.word(verb, "VOLUME", arguments.name, "the volume, not attached", "VOLUME");
-    builder.word(verb, "NAME", arguments.other_name, "the snapshot", "SNAPSHOT");
+    name_words(verb, "SNAPSHOT");
     verb = builder.command(snapshot, "rm", "Remove a snapshot", snapshot_remove,
-                           "  stellarctl snapshot rm vm-1 before-upgrade");
-    builder.word(verb, "VOLUME", arguments.name, "the volume", "VOLUME");
-    builder.word(verb, "NAME", arguments.other_name, "the snapshot", "SNAPSHOT");
+                           "  stellarctl snapshot rm vm-1 before-upgrade\n"
+                           "  stellarctl snapshot rm vm-1@before-upgrade");
+    name_words(verb, "SNAPSHOT");
 }
 
 void add_attachment_commands(CLI::App& app, Builder& builder) {
@@ -223,8 +315,10 @@ void add_attachment_commands(CLI::App& app, Builder& builder) {
         ->required()
         ->type_name("SOCKET");
     verb->add_flag("--read-only", arguments.read_only, "the guest cannot write");
-    verb->add_option("--queues", arguments.queues, "queues that the guest may use, 1 to 64")
-        ->type_name("N");
+    Builder::number(
+        verb, "--queues", {1, control::kMaxQueues}, "N",
+        fmt::format("queues that the guest may use, 1 to {} (default: 1)", control::kMaxQueues),
+        [&arguments](uint64_t queues) { arguments.queues = queues; });
     verb->add_option("--serial", arguments.serial,
                      "serial number that the guest sees, at most 20 bytes (default: the name)")
         ->type_name("S");
@@ -269,7 +363,11 @@ void add_store_commands(CLI::App& app, Builder& builder, Invocation& invocation)
     completion->add_option("SHELL", invocation.shell, "bash, zsh or fish")
         ->required()
         ->type_name("SHELL");
+    completion->add_flag("--json", invocation.json, "print JSON");
     completion->callback([&invocation] { invocation.command_path = "completion"; });
+    CLI::App* const help = app.add_subcommand("help", "Show the help of a command");
+    help->footer("Examples:\n  stellarctl help\n  stellarctl help volume clone");
+    help->add_option("COMMAND", builder.arguments().names, "the command's words");
     CLI::App* const version = app.add_subcommand("version", "Print the version");
     version->footer("Examples:\n  stellarctl version");
     version->add_flag("--json", invocation.json, "print JSON");

@@ -132,8 +132,20 @@ class Words(TestCase):
             (["volume", "clone", "a", "b", "--count", "0"], "--count"),
             (["volume", "clone", "a", "b{n}", "--count", "100001"], "100000"),
             (["volume", "clone", "a", "b", "--count", "2"], "{n}"),
-            (["volume", "clone", "a", "b", "--count", "-1"], "--count"),
-            (["volume", "clone", "a", "b", "--count", "x"], "--count"),
+            (["volume", "clone", "a", "b", "--count", "-1"], "from 1 to 100000"),
+            (["volume", "clone", "a", "b", "--count", "x"], "from 1 to 100000"),
+            (["volume", "clone", "a", "b", "--count", ""], "from 1 to 100000"),
+            (["attach", "a", "--vhost-user", "s", "--queues", "65"], "from 1 to 64"),
+            (["stats", "--lock-timeout", "-1"], "from 0 to 86400"),
+            (["--store", "", "stats"], "--store: it is empty"),
+            (["stats", "--store", ""], "--store: it is empty"),
+            (["stats", "--socket", ""], "--socket: it is empty"),
+            (["image", "import", "x", ""], "empty name"),
+            (["image", "import", "x", "-"], "--allow-empty"),
+            (["volume", "create", "..", "--size", "4K"], "not '.' or '..'"),
+            (["snapshot", "create", "x"], "VOLUME@NAME"),
+            (["snapshot", "info", "x@"], "VOLUME@NAME"),
+            (["help", "volum"], "did you mean 'volume'?"),
             (["volume", "rm"], "NAME"),
             (["volume", "ls", "--frob"], "--frob"),
             (["image", "import", "x", "/"], "directory"),
@@ -150,6 +162,8 @@ class Words(TestCase):
                 self.assertEqual(json.loads(done.err)["code"], "invalid_argument")
         self.assertEqual(self.s.run().code, 2)
         self.assertIn("Examples:", self.s.ok("volume", "create", "--help").out)
+        # What says what to do itself is not followed by advice for everything of its kind.
+        self.assertNotIn("advice", self.s.run("volume", "info", "nope").err)
 
     def test_other_errors(self):
         self.s.ok("volume", "create", "web", "--size", "1MiB")
@@ -159,7 +173,8 @@ class Words(TestCase):
             (["volume", "export", "web", "/nonexistent/out"], "not_found", "/nonexistent"),
             (["volume", "create", "web", "--size", "1MiB"], "already_exists", "web"),
             (["init"], "already_exists", "store"),
-            (["attach", "web", "--vhost-user", "web.sock"], "unavailable", "stellariumd --store"),
+            (["attach", "web", "--vhost-user", "web.sock", "--lock-timeout", "0"], "unavailable",
+             "stellariumd --store"),
             (["detach", "web"], "not_found", "not attached"),
             (["--store", "/nonexistent/store", "stats"], "not_found", "init"),
             (["stats", "--socket", "/nonexistent/sock"], "unavailable", "no daemon"),
@@ -174,6 +189,10 @@ class Words(TestCase):
         manual = (SOURCE_ROOT / "docs/man/stellarctl.1").read_text().replace("\\-", "-")
         found = commands()
         self.assertGreaterEqual(len(found), 28)
+        for words in [[], ["image"], ["volume"], ["snapshot"]]:
+            text = self.s.ok(*words, "--help").out
+            self.assertIn("Examples", text)
+            self.assertEqual(text, self.s.ok("help", *words).out)
         for words in found:
             text = subprocess.run([CTL, *words, "--help"], capture_output=True, text=True,
                                   check=True).stdout
@@ -183,7 +202,72 @@ class Words(TestCase):
                 for option in set(re.findall(r"--[a-z][a-z-]+", text.split("Examples:")[0])):
                     self.assertIn(option, manual, f"the manual lacks {option}")
 
+    def test_help_and_manual_name_the_same_exit_codes(self):
+        manual = (SOURCE_ROOT / "docs/man/stellarctl.1").read_text()
+        in_manual = re.findall(r"^ ?(\d+)  ", manual.split(".SH EXIT STATUS")[1], re.MULTILINE)
+        in_help = re.findall(r"(\d+) [a-zI]", self.s.ok("--help").out.split("Exit codes:")[1])
+        self.assertEqual(in_manual, [str(code) for code in range(19)])
+        self.assertEqual(in_help, in_manual)
+
+    def test_listing_some(self):
+        s = self.s
+        for name in ("ci-1", "ci-2", "web"):
+            s.ok("volume", "create", name, "--size", "4K")
+        self.assertEqual(s.ok("volume", "ls", "-q", "ci-*").out, "ci-1\nci-2\n")
+        self.assertEqual(s.json("volume", "ls", "-q", "web", "ci-[2-9]"), ["ci-2", "web"])
+        self.assertEqual([v["name"] for v in s.json("volume", "ls", "web")], ["web"])
+        self.assertEqual(s.ok("volume", "ls", "-q", "none-*").out, "")
+        self.assert_fails(s.run("volume", "ls", "web", "none"), "not_found", "'none'")
+        self.assertEqual(s.ok("image", "ls", "-q").out, "")
+        s.ok("snapshot", "create", "web@s1")
+        self.assertEqual(s.ok("snapshot", "ls", "-q").out, "web@s1\n")
+
+    def test_snapshots_are_named_either_way(self):
+        s = self.s
+        s.ok("volume", "create", "v", "--size", "1MiB")
+        self.assertEqual(s.ok("snapshot", "create", "v@s1").out, "made snapshot 'v@s1'\n")
+        self.assertEqual(s.json("snapshot", "info", "v@s1"), s.json("snapshot", "info", "v", "s1"))
+        self.assertEqual(s.json("volume", "info", "v@s1"), s.json("snapshot", "info", "v", "s1"))
+        s.ok("snapshot", "rollback", "v@s1")
+        s.ok("snapshot", "rm", "v@s1")
+        self.assertEqual(s.json("snapshot", "ls"), [])
+
+    def test_sizes_change_only_as_told(self):
+        s = self.s
+        s.ok("volume", "create", "v", "--size", "1MiB")
+        s.ok("volume", "resize", "v", "+1MiB")
+        self.assertEqual(s.json("volume", "info", "v")["size_bytes"], 2 << 20)
+        self.assert_fails(s.run("volume", "resize", "v", "1MiB"), "invalid_argument", "--shrink")
+        self.assertEqual(s.json("volume", "info", "v")["size_bytes"], 2 << 20)
+        s.ok("volume", "resize", "v", "1MiB", "--shrink")
+        self.assertEqual(s.json("volume", "info", "v")["size_bytes"], 1 << 20)
+        s.ok("volume", "create", "w", "--size", "3MiB")
+        self.assertIn("'v' has 1.00 MiB, 'w' has 3.00 MiB", s.ok("volume", "diff", "v", "w").out)
+        diff = s.json("volume", "diff", "v", "w")
+        self.assertEqual((diff["a_size_bytes"], diff["b_size_bytes"]), (1 << 20, 3 << 20))
+        self.assertEqual(s.ok("volume", "rename", "v", "v").code, 0)
+
+    def test_names_may_begin_with_a_hyphen(self):
+        self.s.ok("volume", "create", "--size", "4K", "--", "-x")
+        self.s.ok("volume", "rm", "--", "-x")
+
+    def test_warnings_are_said_once(self):
+        memory = "/dev/shm"
+        if not os.access(memory, os.W_OK):
+            self.skipTest("no tmpfs to put a store on")
+        with tempfile.TemporaryDirectory(prefix="stl-", dir=memory) as folder:
+            store = f"{folder}/store"
+            self.assertIn("tmpfs", self.s.ok("--store", store, "init").err)
+            self.assertEqual(self.s.ok("--store", store, "volume", "ls").err, "")
+            done = self.s.ok("--store", store, "status")
+            self.assertEqual((done.out.count("tmpfs"), done.err), (1, ""))
+            self.assert_fails(self.s.run("--store", store, "init"), "already_exists",
+                              "already holds a store")
+
     def test_version(self):
+        self.assertEqual(self.s.json("--version"), self.s.json("version"))
+        self.assertEqual(self.s.json("completion", "bash")["script"],
+                         self.s.ok("completion", "bash").out)
         self.assertRegex(self.s.ok("--version").out, r"^stellarctl \d+\.\d+\.\d+\n$")
         self.assertEqual(self.s.ok("version").out, self.s.ok("--version").out)
         self.assertIn("version", self.s.json("version"))
@@ -237,6 +321,67 @@ class Words(TestCase):
         self.assertIn("batch", done.out)
         self.assertIn("damaged", done.err)
         self.assertEqual(self.s.run("dump", source).code, EXIT["unsupported"])
+
+
+class Imports(TestCase):
+    """What is no disk image is told, instead of becoming an image of nonsense."""
+
+    MAGIC = {"gzip": b"\x1f\x8b\x08", "xz": b"\xfd7zXZ\0", "zstd": b"\x28\xb5\x2f\xfd",
+             "bzip2": b"BZh91AY&SY", "lz4": b"\x04\x22\x4d\x18", "zip": b"PK\x03\x04",
+             "7-Zip": b"7z\xbc\xaf\x27\x1c", "tar": bytes(257) + b"ustar"}
+
+    def test_compressed_files_and_archives(self):
+        s = self.store()
+        for name, magic in self.MAGIC.items():
+            content = magic + bytes(5000)
+            file = s.folder / name
+            file.write_bytes(content)
+            with self.subTest(name=name):
+                self.assert_fails(s.run("image", "import", "x", file), "invalid_argument", name,
+                                  f"{file} | stellarctl image import NAME -", "--format raw")
+                self.assert_fails(s.run("image", "import", "x", "-", data=content),
+                                  "invalid_argument", f"standard input is", name)
+                with open(file, "rb") as redirected:
+                    self.assert_fails(s.run("image", "import", "x", "-", stdin=redirected),
+                                      "invalid_argument", name)
+        self.assertEqual(s.json("image", "ls"), [])
+        s.ok("image", "import", "x", s.folder / "zstd", "--format", "raw")
+        s.ok("image", "import", "y", "-", "--format", "raw", data=self.MAGIC["xz"])
+        self.assertEqual(s.ok("image", "export", "y", "-").raw, self.MAGIC["xz"])
+
+    def test_other_formats_in_a_pipe(self):
+        s = self.store()
+        for name, magic in {"qcow2": b"QFI\xfb\0\0\0\3", "vmdk": b"KDMV\1", "vhdx": b"vhdxfile"}.items():
+            self.assert_fails(s.run("image", "import", "x", "-", data=magic + bytes(5000)),
+                              "invalid_argument", name, "save it")
+        self.assertEqual(s.json("image", "ls"), [])
+
+    def test_nothing_in_a_pipe(self):
+        s = self.store()
+        for options in ({"data": b""}, {"stdin": subprocess.DEVNULL}):
+            self.assert_fails(s.run("image", "import", "x", "-", **options), "invalid_argument",
+                              "empty", "--allow-empty")
+        self.assert_fails(s.run("image", "import", "x", "/dev/null"), "invalid_argument", "empty")
+        self.assertEqual(s.json("image", "ls"), [])
+        (s.folder / "empty").touch()
+        s.ok("image", "import", "a", "empty")
+        s.ok("image", "import", "b", "-", "--allow-empty", data=b"")
+        self.assertEqual([i["size_bytes"] for i in s.json("image", "ls")], [0, 0])
+
+    def test_a_pipe_that_nobody_writes_to(self):
+        s = self.store()
+        os.mkfifo(s.folder / "fifo")
+        importer = s.start("image", "import", "x", "fifo")
+        def handles_signals():
+            status = Path(f"/proc/{importer.pid}/status").read_text()
+            caught = int(re.search(r"SigCgt:\s*(\w+)", status).group(1), 16)
+            return caught >> (signal.SIGTERM - 1) & 1
+        while not handles_signals():
+            self.assertIsNone(importer.poll())
+            os.sched_yield()
+        importer.send_signal(signal.SIGTERM)
+        _, stderr = importer.communicate(timeout=TIMEOUT_S)
+        self.assertEqual((importer.returncode, stderr), (EXIT["cancelled"], b"stellarctl: interrupted\n"))
 
 
 class Completion(TestCase):
@@ -295,11 +440,67 @@ class Holding(TestCase):
         holder.stdin.write(b"some bytes")
         holder.stdin.flush()
         s.wait_until_held_by(holder)
-        self.assert_fails(s.run("stats"), "busy", str(holder.pid))
-        self.assert_fails(s.run("volume", "ls"), "busy", str(holder.pid))
+        self.assert_fails(s.run("stats", "--lock-timeout", "0"), "busy",
+                          f"held by process {holder.pid} (stellarctl), another command",
+                          "--lock-timeout")
+        self.assert_fails(s.run("volume", "ls", "--lock-timeout", "1"), "busy", str(holder.pid),
+                          "waited 1 s")
+        self.assertEqual(s.run("__complete", "image", "rm", "").out, "")
+        waiting = s.start("image", "ls", "--lock-timeout", str(TIMEOUT_S))
         _, stderr = holder.communicate(timeout=TIMEOUT_S)
         self.assertEqual(holder.returncode, 0, stderr)
+        stdout, stderr = waiting.communicate(timeout=TIMEOUT_S)
+        self.assertEqual(waiting.returncode, 0, stderr)
         self.assertEqual(s.json("image", "info", "x")["size_bytes"], 10)
+
+    def test_commands_take_turns(self):
+        s = self.store()
+        s.ok("volume", "create", "base", "--size", "1MiB")
+        clones = [s.start("volume", "clone", "base", f"c-{n}", "--lock-timeout", str(TIMEOUT_S))
+                  for n in range(20)]
+        for clone in clones:
+            _, stderr = clone.communicate(timeout=TIMEOUT_S)
+            self.assertEqual(clone.returncode, 0, stderr)
+        self.assertEqual(len(s.json("volume", "ls")), 21)
+
+    def test_a_wait_can_be_interrupted(self):
+        s = self.store()
+        holder = s.start("image", "import", "x", "-", stdin=subprocess.PIPE)
+        self.addCleanup(holder.wait)
+        self.addCleanup(holder.kill)
+        s.wait_until_held_by(holder)
+        waiting = s.start("image", "ls", "--lock-timeout", str(TIMEOUT_S))
+        # Before the handler is there, the signal ends the command as well.
+        waiting.send_signal(signal.SIGTERM)
+        waiting.communicate(timeout=TIMEOUT_S)
+        self.assertIn(waiting.returncode, (EXIT["cancelled"], -signal.SIGTERM))
+        holder.communicate(b"x", timeout=TIMEOUT_S)
+
+    def test_a_daemon_that_starts_is_waited_for(self):
+        s = self.store()
+        s.ok("volume", "create", "v", "--size", "1MiB")
+        # As a script does it: the daemon in the background, and at once a command that needs it.
+        attach = s.start("attach", "v", "--vhost-user", "v.sock")
+        s.begin_daemon()
+        _, stderr = attach.communicate(timeout=TIMEOUT_S)
+        self.assertEqual(attach.returncode, 0, stderr)
+
+    def test_a_daemon_waits_for_a_command(self):
+        s = self.store()
+        holder = s.start("image", "import", "x", "-", stdin=subprocess.PIPE)
+        self.addCleanup(holder.wait)
+        self.addCleanup(holder.kill)
+        s.wait_until_held_by(holder)
+        daemon = s.begin_daemon()
+        while "event=waiting" not in s.log.read_text():
+            self.assertIsNone(daemon.poll(), s.log_tail())
+            os.sched_yield()
+        _, stderr = holder.communicate(b"some bytes", timeout=TIMEOUT_S)
+        self.assertEqual(holder.returncode, 0, stderr)
+        # It is waited for in turn.
+        s.ok("volume", "create", "v", "--size", "1MiB")
+        s.ok("attach", "v", "--vhost-user", "v.sock", "--lock-timeout", str(TIMEOUT_S))
+        s.stop_daemon()
 
     def test_a_second_daemon_is_refused(self):
         s = self.store(daemon=True)
@@ -571,6 +772,26 @@ class Attach(TestCase):
         self.assertEqual(s.json("attachments"), [])
         s.ok("volume", "rm", "v")
 
+    def test_a_link_to_another_runtime_directory_is_told(self):
+        s = self.store(daemon=True)
+        s.ok("volume", "create", "v", "--size", "1MiB")
+        s.ok("attach", "v", "--vhost-user", "v.sock")
+        s.stop_daemon()
+        s.start_daemon("--runtime-dir", s.runtime / "elsewhere")
+        place = s.json("attachments")[0]["socket"]
+        self.assertTrue(place.startswith(str(s.runtime / "elsewhere")))
+        self.assertIn(f"ln -sfn {place} {s.folder / 'v.sock'}", s.ok("attachments").out)
+        subprocess.run(["ln", "-sfn", place, str(s.folder / "v.sock")], check=True)
+        self.assertNotIn("ln -sfn", s.ok("attachments").out)
+        s.ok("detach", "v")
+        self.assertFalse(os.path.lexists(s.folder / "v.sock"))
+
+    def test_a_block_that_does_not_fit_names_the_volume(self):
+        s = self.store(daemon=True)
+        s.ok("volume", "create", "v512", "--size", "512")
+        self.assert_fails(s.run("attach", "v512", "--vhost-user", "v.sock", "--block-size", "4096"),
+                          "invalid_argument", "'v512' has 512 bytes")
+
     def test_a_link_of_somebody_else_stays(self):
         s = self.store(daemon=True)
         s.ok("volume", "create", "v", "--size", "1MiB")
@@ -603,6 +824,13 @@ class Daemon(TestCase):
         self.assertEqual(self.daemon(s, "--config", config).returncode, 2)
         self.assertEqual(self.daemon(s, "--config", s.folder / "none").returncode, 2)
         self.assertEqual(self.daemon(s, "--frob").returncode, 2)
+        for words, text in [(["--threads", "-1"], "'threads' must be a whole number from 0 to 256"),
+                            (["--writeback-age-ms", "-5"], "from 10 to 3600000"),
+                            (["--config", s.folder], "is a directory"),
+                            (["--config", "/dev/null"], "is empty")]:
+            done = self.daemon(s, *words, "--check-config")
+            self.assertEqual(done.returncode, 2)
+            self.assertIn(text, done.stderr)
         config.write_text(json.dumps({"memory": "1GiB", "log_format": "json"}))
         missing = self.daemon(s, "--config", config, "--check-config")
         self.assertEqual(missing.returncode, 2)
@@ -688,7 +916,8 @@ class Daemon(TestCase):
         s.stop_daemon()
         for importer in importers:
             _, stderr = importer.communicate(timeout=TIMEOUT_S)
-            self.assertIn(importer.returncode, (EXIT["unavailable"], EXIT["cancelled"]), stderr)
+            self.assertEqual(importer.returncode, EXIT["unavailable"], stderr)
+            self.assertIn(b"the daemon stopped in the middle of the upload, so nothing was taken over", stderr)
         self.assertEqual(s.json("image", "ls"), [])
         self.assertEqual(len(s.json("volume", "ls")), 1)
 
@@ -769,6 +998,43 @@ class Daemon(TestCase):
             each.close()
         self.assertEqual(s.json("image", "ls"), [])
         s.stop_daemon()
+
+    def test_methods_and_parameters_of_the_interface(self):
+        s = self.store(daemon=True)
+        s.ok("volume", "create", "v", "--size", "1MiB")
+        def ask(method, target, body=b""):
+            with socket.socket(socket.AF_UNIX) as control:
+                control.connect(s.control_socket())
+                control.sendall(f"{method} {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+                                f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                answer = b""
+                while piece := control.recv(65536):
+                    answer += piece
+            head, body = answer.decode().split("\r\n\r\n", 1)
+            return head, body
+        head, body = ask("GET", "/v1/volumes")
+        self.assertIn('"name":"v"', body)
+        self.assertEqual(ask("HEAD", "/v1/volumes"), (head, ""))
+        head, body = ask("HEAD", "/v1/content?source=v")
+        self.assertTrue(head.startswith("HTTP/1.1 200 "), head)
+        self.assertNotIn("Content-Length", head)
+        self.assertEqual(body, "")
+        self.assertEqual(ask("HEAD", "/metrics")[1], "")
+        for method, target, allowed in [("PATCH", "/v1/volumes", "GET, POST, HEAD"),
+                                        ("DELETE", "/metrics", "GET, HEAD"),
+                                        ("GET", "/v1/volumes/v/resize", "POST")]:
+            head, body = ask(method, target)
+            self.assertTrue(head.startswith("HTTP/1.1 405 "), head)
+            self.assertIn(f"Allow: {allowed}\r\n", head + "\r\n")
+            self.assertIn("not possible", json.loads(body)["message"])
+        for method, target, body, text in [
+                ("GET", "/v1/snapshots?volme=v", b"", "did you mean 'volume'?"),
+                ("POST", "/v1/volumes", b'{"name": "a", "name": "b", "size_bytes": 4096}',
+                 "'name' twice")]:
+            head, body = ask(method, target, body)
+            self.assertTrue(head.startswith("HTTP/1.1 400 "), head)
+            self.assertIn(text, json.loads(body)["message"])
+        self.assertEqual([v["name"] for v in s.json("volume", "ls")], ["v"])
 
     def test_many_at_once(self):
         s = self.store(daemon=True)

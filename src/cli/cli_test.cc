@@ -68,6 +68,37 @@ TEST(DetectFormat, GoesByContent) {
     EXPECT_EQ(format_from_name("floppy"), std::nullopt);
 }
 
+TEST(DetectForeign, KnowsCompressedContentAndArchives) {
+    using namespace std::string_literals;
+    const auto what = [](const std::string& head) {
+        const auto found = detect_foreign(bytes(head));
+        return found ? std::string(found->what) : std::string();
+    };
+    EXPECT_EQ(what("\x1f\x8b\x08\0"s), "compressed with gzip");
+    EXPECT_EQ(what("\xfd"
+                   "7zXZ\0"s),
+              "compressed with xz");
+    EXPECT_EQ(what("\x28\xb5\x2f\xfd"), "compressed with zstd");
+    EXPECT_EQ(what("BZh91AY&SY"), "compressed with bzip2");
+    EXPECT_EQ(what(std::string(257, '\0') + "ustar"), "a tar archive");
+    EXPECT_EQ(what("BZh"), "");
+    EXPECT_EQ(what(std::string(1024, '\0')), "");
+    EXPECT_EQ(what(""), "");
+}
+
+TEST(ImportSource, RefusesEmptyStreamsAndNames) {
+    EXPECT_FALSE(open_import_source("", {}));
+    const auto source = open_import_source("/dev/null", {});
+    ASSERT_TRUE(source);
+    const auto next = source->content->next();
+    ASSERT_FALSE(next);
+    EXPECT_EQ(next.error().code(), ErrorCode::kInvalidArgument);
+    const auto allowed = open_import_source(
+        "/dev/null", {.format = {}, .allow_backing = false, .allow_empty = true});
+    ASSERT_TRUE(allowed);
+    EXPECT_EQ(allowed->content->next().value(), std::nullopt);
+}
+
 TEST(AllZero, SeesEveryByte) {
     for (const size_t size :
          {size_t{0}, size_t{1}, size_t{15}, size_t{16}, size_t{17}, size_t{4096}}) {

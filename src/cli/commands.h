@@ -25,6 +25,10 @@ class Context {
     Result<control::ControlClient*> client();
     Session* session() { return session_.get(); }
     const StoreLocation& location() const { return location_; }
+    /// Before the first use: the command is of no use without a daemon.
+    void expect_daemon() { location_.needs_daemon = true; }
+    /// Before the first use: the command prints the store's warnings itself.
+    void take_warnings() { takes_warnings_ = true; }
     Output& out() { return out_; }
     bool progress() const { return progress_; }
     Result<void> close();
@@ -33,12 +37,16 @@ class Context {
     StoreLocation location_;
     Output& out_;
     bool progress_;
+    bool takes_warnings_ = false;
     std::unique_ptr<Session> session_;
 };
 
 /// All that any command can be given; each uses its own.
 struct Arguments {
     std::string name;
+    bool allow_empty = false;
+    bool shrink = false;
+    bool quiet = false;
     std::string other_name;
     std::string path;
     std::string size;

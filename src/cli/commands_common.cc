@@ -3,6 +3,7 @@
 #include <cstdio>
 
 #include <fmt/format.h>
+#include <fnmatch.h>
 
 #include "cli/export_target.h"
 #include "cli/progress.h"
@@ -15,8 +16,12 @@ using control::Json;
 Result<control::ControlClient*> Context::client() {
     if (!session_) {
         STELLARIUM_ASSIGN(session_, Session::open(location_));
+        STELLARIUM_ASSIGN(const std::string directory, store_directory(location_));
         for (const std::string& warning : session_->warnings()) {
-            complain(fmt::format("stellarctl: warning: {}\n", warning));
+            // Where the store lies was said when it was made, and `status` says it.
+            if (!takes_warnings_ && !warning.starts_with(directory + " is on ")) {
+                complain(fmt::format("stellarctl: warning: {}\n", warning));
+            }
         }
     }
     return &session_->client();
@@ -114,6 +119,55 @@ void print_entity(Context& context, const Json& entity) {
         const std::string label = text_field(entity, "attachment");
         row("attached", label.empty() ? "yes" : label);
     }
+}
+
+Result<Json> matching(const Json& list, const std::vector<std::string>& patterns,
+                      std::string_view kind) {
+    if (patterns.empty() || !list.is_array()) {
+        return list;
+    }
+    Json chosen = Json::array();
+    std::vector<bool> used(patterns.size());
+    for (const Json& item : list) {
+        const std::string name = text_field(item, "name");
+        bool is_chosen = false;
+        for (size_t i = 0; i < patterns.size(); ++i) {
+            if (fnmatch(patterns[i].c_str(), name.c_str(), 0) == 0) {
+                used[i] = true;
+                is_chosen = true;
+            }
+        }
+        if (is_chosen) {
+            chosen.push_back(item);
+        }
+    }
+    for (size_t i = 0; i < patterns.size(); ++i) {
+        if (!used[i] && patterns[i].find_first_of("*?[") == std::string::npos) {
+            return fail(ErrorCode::kNotFound,
+                        fmt::format("there is no {} named '{}'", kind, patterns[i]));
+        }
+    }
+    return chosen;
+}
+
+bool print_list_plainly(Output& out, const Json& list, bool names_only) {
+    if (names_only) {
+        Json names = Json::array();
+        for (const Json& item : list) {
+            names.push_back(text_field(item, "name"));
+            if (!out.json()) {
+                out.line(text_field(item, "name"));
+            }
+        }
+        if (out.json()) {
+            out.value(names);
+        }
+        return true;
+    }
+    if (out.json()) {
+        out.value(list);
+    }
+    return out.json();
 }
 
 void print_done(Context& context, const Json& json, std::string_view sentence) {

@@ -5,6 +5,7 @@
 
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "cli/commands.h"
 #include "control/json.h"
@@ -28,6 +29,13 @@ bool bool_field(const control::Json& json, std::string_view key);
 void print_entity(Context& context, const control::Json& entity);
 /// Prints the object for programs and the sentence for people.
 void print_done(Context& context, const control::Json& json, std::string_view sentence);
+
+/// The items of `list` whose names are in `patterns`, names or shell patterns; all for none.
+/// kNotFound for a name, not a pattern, that no item has; `kind` says what was looked for.
+Result<control::Json> matching(const control::Json& list, const std::vector<std::string>& patterns,
+                               std::string_view kind);
+/// Prints a list as JSON, or only the names; false when a table is wanted.
+bool print_list_plainly(Output& out, const control::Json& list, bool names_only);
 
 /// Exports `source`, an image, volume or snapshot that `info` describes, to `arguments.path`.
 Result<void> export_source(Context& context, const Arguments& arguments, const std::string& source,

@@ -56,6 +56,13 @@ Result<void> init(Context& context, const Arguments&) {
         }
     }
     STELLARIUM_TRY(nova::Pool::create(env, directory, options));
+    STELLARIUM_ASSIGN(const io::FileSystemType type, env.files->type(directory));
+    if (type.kind != io::FileSystemKind::kLocal) {
+        complain(
+            fmt::format("stellarctl: warning: {} is on {}; 'stellarctl status' says what that "
+                        "means for the store\n",
+                        directory, type.name));
+    }
     print_done(context, Json{{"directory", directory}},
                fmt::format("made an empty store in {}", directory));
     return {};
@@ -64,6 +71,7 @@ Result<void> init(Context& context, const Arguments&) {
 Result<void> image_import(Context& context, const Arguments& arguments) {
     ImportSourceOptions options;
     options.allow_backing = arguments.allow_backing;
+    options.allow_empty = arguments.allow_empty;
     if (!arguments.format.empty()) {
         options.format = format_from_name(arguments.format);
         if (!options.format) {
@@ -99,11 +107,11 @@ Result<void> image_import(Context& context, const Arguments& arguments) {
     return {};
 }
 
-Result<void> image_list(Context& context, const Arguments&) {
-    STELLARIUM_ASSIGN(const Json images, ask(context, "GET", "/v1/images"));
+Result<void> image_list(Context& context, const Arguments& arguments) {
+    STELLARIUM_ASSIGN(const Json all, ask(context, "GET", "/v1/images"));
+    STELLARIUM_ASSIGN(const Json images, matching(all, arguments.names, "image"));
     Output& out = context.out();
-    if (out.json()) {
-        out.value(images);
+    if (print_list_plainly(out, images, arguments.quiet)) {
         return {};
     }
     Table table({{"NAME"}, {"SIZE", Align::kRight}, {"CREATED"}});

@@ -81,8 +81,9 @@ std::string attachment_target(const std::string& source) {
     return target_of("/v1/attachments/", source);
 }
 
-/// A client's link is removed when it still leads to the daemon's socket; whatever else stands
-/// there now is somebody else's.
+/// A client's link is removed when it still leads to the daemon's socket, or to none any more, such
+/// as that of a daemon with another runtime directory; whatever else stands there now is somebody
+/// else's.
 void remove_link(const Json& attachment) {
     const std::string link = text_field(attachment, "link");
     const std::string socket = text_field(attachment, "socket");
@@ -92,7 +93,7 @@ void remove_link(const Json& attachment) {
     const std::string target = link_target(link);
     struct stat status{};
     const bool leads_nowhere = !target.empty() && stat(link.c_str(), &status) != 0;
-    if (!target.empty() && (target == socket || (socket.empty() && leads_nowhere))) {
+    if (!target.empty() && (target == socket || leads_nowhere)) {
         unlink(link.c_str());
     }
 }
@@ -102,6 +103,7 @@ void remove_link(const Json& attachment) {
 Result<void> attach(Context& context, const Arguments& arguments) {
     const std::string link = link_place(arguments.path);
     STELLARIUM_TRY(check_link_place(link));
+    context.expect_daemon();
     STELLARIUM_ASSIGN(const Json attachment, ask(context, "PUT", attachment_target(arguments.name),
                                                  Json{{"frontend", "vhost-user"},
                                                       {"read_only", arguments.read_only},
@@ -144,11 +146,19 @@ Result<void> list_attachments(Context& context, const Arguments&) {
         {{"VOLUME"}, {"STATE"}, {"MODE"}, {"QUEUES", Align::kRight}, {"SOCKET"}, {"DETAIL"}});
     for (const Json& attachment : attachments) {
         const std::string link = text_field(attachment, "link");
+        const std::string socket = text_field(attachment, "socket");
+        const std::string target = link.empty() ? std::string() : link_target(link);
+        // A daemon with another runtime directory serves other sockets, and leaves links alone.
+        const bool is_stale = !socket.empty() && !target.empty() && target != socket;
+        std::string detail = text_field(attachment, "detail");
+        if (is_stale) {
+            detail += fmt::format("{}the link {} leads to {}: ln -sfn {} {}",
+                                  detail.empty() ? "" : "; ", link, target, socket, link);
+        }
         table.add({text_field(attachment, "source"), text_field(attachment, "state"),
                    bool_field(attachment, "read_only") ? "read-only" : "read-write",
                    std::to_string(number_field(attachment, "queues")),
-                   link.empty() ? text_field(attachment, "socket") : link,
-                   text_field(attachment, "detail")});
+                   link.empty() || is_stale ? socket : link, detail});
     }
     out.table(table);
     return {};
@@ -250,6 +260,7 @@ Result<void> stats(Context& context, const Arguments&) {
 }
 
 Result<void> status(Context& context, const Arguments&) {
+    context.take_warnings();
     STELLARIUM_ASSIGN(Json version, ask(context, "GET", "/v1/version"));
     STELLARIUM_ASSIGN(const Json store, ask(context, "GET", "/v1/store"));
     const bool daemon = context.session()->through_daemon();

@@ -21,6 +21,35 @@ std::string snapshot_target(const std::string& volume, const std::string& snapsh
     return target_of(volume_target(volume) + "/snapshots/", snapshot);
 }
 
+/// What VOLUME, or VOLUME@SNAPSHOT, is asked for at.
+std::string source_target(const std::string& source) {
+    const size_t at = source.find('@');
+    return at == std::string::npos || at == 0 || at + 1 == source.size()
+               ? volume_target(source)
+               : snapshot_target(source.substr(0, at), source.substr(at + 1));
+}
+
+struct SnapshotName {
+    std::string volume;
+    std::string snapshot;
+    std::string target() const { return snapshot_target(volume, snapshot); }
+    std::string text() const { return volume + '@' + snapshot; }
+};
+
+/// A snapshot is named as VOLUME NAME or VOLUME@NAME.
+Result<SnapshotName> snapshot_name(const Arguments& arguments) {
+    const size_t at = arguments.name.find('@');
+    if (at == std::string::npos && !arguments.other_name.empty()) {
+        return SnapshotName{arguments.name, arguments.other_name};
+    }
+    if (at != std::string::npos && at > 0 && at + 1 < arguments.name.size() &&
+        arguments.other_name.empty()) {
+        return SnapshotName{arguments.name.substr(0, at), arguments.name.substr(at + 1)};
+    }
+    return fail(ErrorCode::kInvalidArgument,
+                "name the volume and the snapshot: VOLUME NAME or VOLUME@NAME");
+}
+
 std::string plural(uint64_t count, std::string_view word) {
     return fmt::format("{} {}{}", count, word, count == 1 ? "" : "s");
 }
@@ -76,11 +105,11 @@ Result<void> volume_clone(Context& context, const Arguments& arguments) {
     return {};
 }
 
-Result<void> volume_list(Context& context, const Arguments&) {
-    STELLARIUM_ASSIGN(const Json volumes, ask(context, "GET", "/v1/volumes"));
+Result<void> volume_list(Context& context, const Arguments& arguments) {
+    STELLARIUM_ASSIGN(const Json all, ask(context, "GET", "/v1/volumes"));
+    STELLARIUM_ASSIGN(const Json volumes, matching(all, arguments.names, "volume"));
     Output& out = context.out();
-    if (out.json()) {
-        out.value(volumes);
+    if (print_list_plainly(out, volumes, arguments.quiet)) {
         return {};
     }
     Table table({{"NAME"},
@@ -102,16 +131,25 @@ Result<void> volume_list(Context& context, const Arguments&) {
 }
 
 Result<void> volume_info(Context& context, const Arguments& arguments) {
-    STELLARIUM_ASSIGN(const Json volume, ask(context, "GET", volume_target(arguments.name)));
+    STELLARIUM_ASSIGN(const Json volume, ask(context, "GET", source_target(arguments.name)));
     print_entity(context, volume);
     return {};
 }
 
 Result<void> volume_resize(Context& context, const Arguments& arguments) {
-    STELLARIUM_ASSIGN(const uint64_t size_bytes, parse_size(arguments.size));
+    const bool is_growth = arguments.size.starts_with('+');
+    STELLARIUM_ASSIGN(uint64_t size_bytes,
+                      parse_size(std::string_view(arguments.size).substr(is_growth ? 1 : 0)));
+    if (is_growth) {
+        STELLARIUM_ASSIGN(const Json before, ask(context, "GET", volume_target(arguments.name)));
+        if (__builtin_add_overflow(size_bytes, number_field(before, "size_bytes"), &size_bytes)) {
+            return fail(ErrorCode::kInvalidArgument,
+                        fmt::format("'{}' is too large", arguments.size));
+        }
+    }
     STELLARIUM_ASSIGN(const Json volume,
                       ask(context, "POST", volume_target(arguments.name) + "/resize",
-                          Json{{"size_bytes", size_bytes}}));
+                          Json{{"size_bytes", size_bytes}, {"shrink", arguments.shrink}}));
     print_done(context, volume,
                fmt::format("resized '{}' to {}", arguments.name, context.out().size(size_bytes)));
     return {};
@@ -135,12 +173,7 @@ Result<void> volume_remove(Context& context, const Arguments& arguments) {
 }
 
 Result<void> volume_export(Context& context, const Arguments& arguments) {
-    const size_t at = arguments.name.find('@');
-    const std::string target =
-        at == std::string::npos
-            ? volume_target(arguments.name)
-            : snapshot_target(arguments.name.substr(0, at), arguments.name.substr(at + 1));
-    STELLARIUM_ASSIGN(const Json volume, ask(context, "GET", target));
+    STELLARIUM_ASSIGN(const Json volume, ask(context, "GET", source_target(arguments.name)));
     return export_source(context, arguments, arguments.name, volume);
 }
 
@@ -152,11 +185,15 @@ Result<void> volume_diff(Context& context, const Arguments& arguments) {
     Json ranges = Json::array();
     uint64_t from = 0;
     uint64_t differing_bytes = 0;
+    uint64_t a_size_bytes = 0;
+    uint64_t b_size_bytes = 0;
     while (true) {
         STELLARIUM_ASSIGN(const Json page, ask(context, "GET", target + std::to_string(from)));
         if (!page.is_object() || !page.contains("ranges")) {
             return fail(ErrorCode::kProtocol, "the answer lacks its ranges");
         }
+        a_size_bytes = number_field(page, "a_size_bytes");
+        b_size_bytes = number_field(page, "b_size_bytes");
         for (const Json& range : page.at("ranges")) {
             differing_bytes += number_field(range, "length_bytes");
             ranges.push_back(range);
@@ -170,6 +207,8 @@ Result<void> volume_diff(Context& context, const Arguments& arguments) {
     if (out.json()) {
         out.value(Json{{"a", arguments.source},
                        {"b", arguments.other_name},
+                       {"a_size_bytes", a_size_bytes},
+                       {"b_size_bytes", b_size_bytes},
                        {"differing_bytes", differing_bytes},
                        {"ranges", ranges}});
         return {};
@@ -183,15 +222,22 @@ Result<void> volume_diff(Context& context, const Arguments& arguments) {
         out.table(table);
     }
     out.line(fmt::format("{} in {}", out.size(differing_bytes), plural(ranges.size(), "range")));
+    if (a_size_bytes != b_size_bytes) {
+        const bool a_ends_first = a_size_bytes < b_size_bytes;
+        out.line(fmt::format(
+            "the sizes differ: '{}' has {}, '{}' has {}; what only '{}' has is compared with zeros",
+            arguments.source, out.size(a_size_bytes), arguments.other_name, out.size(b_size_bytes),
+            a_ends_first ? arguments.other_name : arguments.source));
+    }
     return {};
 }
 
 Result<void> snapshot_create(Context& context, const Arguments& arguments) {
+    STELLARIUM_ASSIGN(const SnapshotName name, snapshot_name(arguments));
     STELLARIUM_ASSIGN(const Json snapshot,
-                      ask(context, "POST", volume_target(arguments.name) + "/snapshots",
-                          Json{{"name", arguments.other_name}}));
-    print_done(context, snapshot,
-               fmt::format("made snapshot '{}@{}'", arguments.name, arguments.other_name));
+                      ask(context, "POST", volume_target(name.volume) + "/snapshots",
+                          Json{{"name", name.snapshot}}));
+    print_done(context, snapshot, fmt::format("made snapshot '{}'", name.text()));
     return {};
 }
 
@@ -201,8 +247,7 @@ Result<void> snapshot_list(Context& context, const Arguments& arguments) {
                                    : target_of("/v1/snapshots?volume=", arguments.name);
     STELLARIUM_ASSIGN(const Json snapshots, ask(context, "GET", target));
     Output& out = context.out();
-    if (out.json()) {
-        out.value(snapshots);
+    if (print_list_plainly(out, snapshots, arguments.quiet)) {
         return {};
     }
     Table table({{"NAME"}, {"SIZE", Align::kRight}, {"CREATED"}});
@@ -215,28 +260,26 @@ Result<void> snapshot_list(Context& context, const Arguments& arguments) {
 }
 
 Result<void> snapshot_info(Context& context, const Arguments& arguments) {
-    STELLARIUM_ASSIGN(const Json snapshot,
-                      ask(context, "GET", snapshot_target(arguments.name, arguments.other_name)));
+    STELLARIUM_ASSIGN(const SnapshotName name, snapshot_name(arguments));
+    STELLARIUM_ASSIGN(const Json snapshot, ask(context, "GET", name.target()));
     print_entity(context, snapshot);
     return {};
 }
 
 Result<void> snapshot_rollback(Context& context, const Arguments& arguments) {
-    STELLARIUM_ASSIGN(
-        const Json volume,
-        ask(context, "POST", snapshot_target(arguments.name, arguments.other_name) + "/rollback",
-            Json::object()));
-    print_done(
-        context, volume,
-        fmt::format("rolled '{}' back to snapshot '{}'", arguments.name, arguments.other_name));
+    STELLARIUM_ASSIGN(const SnapshotName name, snapshot_name(arguments));
+    STELLARIUM_ASSIGN(const Json volume,
+                      ask(context, "POST", name.target() + "/rollback", Json::object()));
+    print_done(context, volume,
+               fmt::format("rolled '{}' back to snapshot '{}'", name.volume, name.snapshot));
     return {};
 }
 
 Result<void> snapshot_remove(Context& context, const Arguments& arguments) {
-    STELLARIUM_TRY(ask(context, "DELETE", snapshot_target(arguments.name, arguments.other_name)));
-    const std::string full_name = arguments.name + '@' + arguments.other_name;
-    print_done(context, Json{{"removed", Json::array({full_name})}},
-               fmt::format("removed snapshot '{}'", full_name));
+    STELLARIUM_ASSIGN(const SnapshotName name, snapshot_name(arguments));
+    STELLARIUM_TRY(ask(context, "DELETE", name.target()));
+    print_done(context, Json{{"removed", Json::array({name.text()})}},
+               fmt::format("removed snapshot '{}'", name.text()));
     return {};
 }
 

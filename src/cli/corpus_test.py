@@ -98,7 +98,7 @@ class RoundTrip(TestCase):
                 s.ok("image", "import", "redirected", "-", stdin=file)
             s.ok("image", "export", "redirected", "y.raw")
             self.assertIsNone(first_difference(s.folder / "x.raw", s.folder / "y.raw"))
-            s.ok("image", "import", "nothing", "-", data=b"")
+            s.ok("image", "import", "nothing", "-", "--allow-empty", data=b"")
             self.assertEqual(s.ok("image", "export", "nothing", "-").raw, b"")
 
     def test_volumes_and_snapshots(self):

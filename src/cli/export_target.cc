@@ -293,6 +293,10 @@ class StreamTarget final : public ExportTarget {
 
 Result<std::unique_ptr<ExportTarget>> ExportTarget::open(const std::string& path,
                                                          const ExportOptions& options) {
+    if (path.empty()) {
+        return fail(ErrorCode::kInvalidArgument,
+                    "the file to write has an empty name; '-' is standard output");
+    }
     if (path == "-") {
         FileHandle file(fcntl(STDOUT_FILENO, F_DUPFD_CLOEXEC, 0));
         if (file.get() < 0) {

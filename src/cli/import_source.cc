@@ -7,6 +7,7 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <poll.h>
 #include <sys/stat.h>
 
 #include "cli/file_handle.h"
@@ -33,6 +34,48 @@ constexpr std::array<FormatName, 6> kFormats{{{ImageFormat::kRaw, "raw"},
 bool has_at(Bytes head, size_t offset, std::string_view magic) {
     return head.size() >= offset + magic.size() &&
            std::memcmp(head.data() + offset, magic.data(), magic.size()) == 0;
+}
+
+struct ForeignMagic {
+    size_t offset;
+    std::string_view magic;
+    ForeignContent content;
+};
+using namespace std::string_view_literals;
+constexpr std::array<ForeignMagic, 9> kForeign{
+    {{0, "\x1f\x8b\x08"sv, {"compressed with gzip", "gzip -dc", "gzip -dc"}},
+     {0,
+      "\xfd"
+      "7zXZ\0"sv,
+      {"compressed with xz", "xz -dc", "xz -dc"}},
+     {0, "\x28\xb5\x2f\xfd"sv, {"compressed with zstd", "zstd -dc", "zstd -dc"}},
+     {4, "1AY&SY"sv, {"compressed with bzip2", "bzip2 -dc", "bzip2 -dc"}},
+     {0, "\x04\x22\x4d\x18"sv, {"compressed with lz4", "lz4 -dc", "lz4 -dc"}},
+     {0, "LZIP"sv, {"compressed with lzip", "lzip -dc", "lzip -dc"}},
+     {0, "PK\x03\x04"sv, {"a zip archive", "funzip", "unzip -p"}},
+     {0, "7z\xbc\xaf\x27\x1c"sv, {"a 7-Zip archive", {}, "7z x -so"}},
+     {257, "ustar"sv, {"a tar archive", "tar -xO", "tar -xOf"}}}};
+
+/// Of content that is read as raw because nobody said otherwise. `name` is the file's, or that of
+/// the stream.
+Result<void> check_foreign(Bytes head, const std::string& name, bool is_stream) {
+    if (const std::optional<ForeignContent> foreign = detect_foreign(head)) {
+        const std::string how =
+            !is_stream ? fmt::format("{} {} | stellarctl image import NAME -", foreign->from, name)
+            : foreign->through.empty()
+                ? std::string("unpack it first")
+                : fmt::format("... | {} | stellarctl image import NAME -", foreign->through);
+        return fail(ErrorCode::kInvalidArgument,
+                    fmt::format("{} is {}, and no disk image: {}; --format raw takes it as it is",
+                                name, foreign->what, how));
+    }
+    if (const ImageFormat format = detect_format(head); is_stream && format != ImageFormat::kRaw) {
+        return fail(ErrorCode::kInvalidArgument,
+                    fmt::format("{} is a {} image, which can only be read from a file: save it, "
+                                "and import the file; --format raw takes the bytes as they are",
+                                name, format_name(format)));
+    }
+    return {};
 }
 
 /// A file or block device whose size is known; holes are skipped without reading them.
@@ -136,11 +179,62 @@ class RawFileSource final : public control::SparseSource {
     uint64_t data_end_ = 0;
 };
 
+/// Opens a named pipe. To wait for somebody who writes to it, which open() does in a way that an
+/// interruption just before is not seen, is left to poll().
+Result<FileHandle> open_pipe(const std::string& path) {
+    constexpr int kLookEveryMs = 100;
+    FileHandle file(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+    if (file.get() < 0) {
+        return std::unexpected(Error::from_errno(errno, "open " + path));
+    }
+    pollfd waiting{.fd = file.get(), .events = POLLIN, .revents = 0};
+    while (true) {
+        STELLARIUM_TRY(check_interrupt());
+        const int ready = poll(&waiting, 1, kLookEveryMs);
+        if (ready > 0) {
+            break;
+        }
+        if (ready < 0 && errno != EINTR) {
+            return std::unexpected(Error::from_errno(errno, "wait for " + path));
+        }
+    }
+    if (fcntl(file.get(), F_SETFL, O_RDONLY) != 0) {
+        return std::unexpected(Error::from_errno(errno, "open " + path));
+    }
+    return file;
+}
+
+/// Opens what is to be imported.
+Result<FileHandle> open_file(const std::string& path) {
+    struct stat status{};
+    if (path != "-" && stat(path.c_str(), &status) == 0 && S_ISFIFO(status.st_mode) &&
+        !path.starts_with("/dev/fd/") && !path.starts_with("/proc/")) {
+        return open_pipe(path);
+    }
+    FileHandle file(path == "-" ? fcntl(STDIN_FILENO, F_DUPFD_CLOEXEC, 0)
+                                : open(path.c_str(), O_RDONLY | O_CLOEXEC));
+    if (file.get() < 0) {
+        return std::unexpected(
+            Error::from_errno(errno, path == "-" ? "open standard input" : "open " + path));
+    }
+    return file;
+}
+
+Error empty_stream(const std::string& name) {
+    return {ErrorCode::kInvalidArgument,
+            fmt::format("{} is empty, so nothing was imported: most likely the command before the "
+                        "pipe failed; --allow-empty makes an image of 0 bytes",
+                        name)};
+}
+
 /// A pipe: as many bytes as come.
 class StreamSource final : public control::SparseSource {
   public:
-    StreamSource(FileHandle file, std::string name)
-        : file_(std::move(file)), name_(std::move(name)), buffer_(kMaxFrameBytes) {}
+    StreamSource(FileHandle file, std::string name, const ImportSourceOptions& options)
+        : file_(std::move(file)),
+          name_(std::move(name)),
+          options_(options),
+          buffer_(kMaxFrameBytes) {}
 
     std::optional<uint64_t> size_hint() const override { return std::nullopt; }
     uint64_t size_bytes() const override { return position_; }
@@ -148,6 +242,9 @@ class StreamSource final : public control::SparseSource {
     Result<std::optional<SparseExtent>> next() override {
         while (true) {
             STELLARIUM_ASSIGN(const size_t got, read_fully(file_.get(), buffer_, -1, name_));
+            if (position_ == 0) {
+                STELLARIUM_TRY(check_begin(Bytes(buffer_).first(std::min(got, kDetectBytes))));
+            }
             if (got == 0) {
                 return std::nullopt;
             }
@@ -161,8 +258,16 @@ class StreamSource final : public control::SparseSource {
     }
 
   private:
+    Result<void> check_begin(Bytes head) const {
+        if (head.empty() && !options_.allow_empty) {
+            return std::unexpected(empty_stream(name_));
+        }
+        return options_.format ? Result<void>() : check_foreign(head, name_, true);
+    }
+
     FileHandle file_;
     std::string name_;
+    ImportSourceOptions options_;
     std::vector<std::byte> buffer_;
     uint64_t position_ = 0;
 };
@@ -216,16 +321,23 @@ ImageFormat detect_format(Bytes head) {
     return ImageFormat::kRaw;
 }
 
+std::optional<ForeignContent> detect_foreign(Bytes head) {
+    const auto* const found = std::ranges::find_if(kForeign, [&](const ForeignMagic& foreign) {
+        return has_at(head, foreign.offset, foreign.magic);
+    });
+    return found == kForeign.end() ? std::nullopt : std::optional(found->content);
+}
+
 Result<ImportSource> open_import_source(const std::string& path,
                                         const ImportSourceOptions& options) {
     ImportSource source;
+    if (path.empty()) {
+        return fail(ErrorCode::kInvalidArgument,
+                    "the file to import has an empty name; '-' is standard input");
+    }
     const bool is_stdin = path == "-";
     const std::string name = is_stdin ? "standard input" : path;
-    FileHandle file(is_stdin ? fcntl(STDIN_FILENO, F_DUPFD_CLOEXEC, 0)
-                             : open(path.c_str(), O_RDONLY | O_CLOEXEC));
-    if (file.get() < 0) {
-        return std::unexpected(Error::from_errno(errno, "open " + name));
-    }
+    STELLARIUM_ASSIGN(FileHandle file, open_file(path));
     struct stat status{};
     if (fstat(file.get(), &status) != 0) {
         return std::unexpected(Error::from_errno(errno, "look at " + name));
@@ -241,6 +353,14 @@ Result<ImportSource> open_import_source(const std::string& path,
     if (is_stdin || !has_size) {
         // A redirected file is read from its start to its end, holes and all, when it can be.
         if (S_ISREG(status.st_mode) && lseek(file.get(), 0, SEEK_CUR) == 0) {
+            if (status.st_size == 0 && !options.allow_empty) {
+                return std::unexpected(empty_stream(name));
+            }
+            if (!options.format) {
+                std::array<std::byte, kDetectBytes> head{};
+                STELLARIUM_ASSIGN(const size_t got, read_fully(file.get(), head, 0, name));
+                STELLARIUM_TRY(check_foreign(Bytes(head).first(got), name, true));
+            }
             STELLARIUM_ASSIGN(source.content, RawFileSource::open(std::move(file), name));
             return source;
         }
@@ -248,13 +368,16 @@ Result<ImportSource> open_import_source(const std::string& path,
             return fail(ErrorCode::kInvalidArgument,
                         "standard input is a terminal; pipe or redirect a disk image into it");
         }
-        source.content = std::make_unique<StreamSource>(std::move(file), name);
+        source.content = std::make_unique<StreamSource>(std::move(file), name, options);
         return source;
     }
     std::array<std::byte, kDetectBytes> head{};
     STELLARIUM_ASSIGN(const size_t got, read_fully(file.get(), head, 0, name));
     source.format = options.format.value_or(detect_format(Bytes(head).first(got)));
     if (source.format == ImageFormat::kRaw) {
+        if (!options.format) {
+            STELLARIUM_TRY(check_foreign(Bytes(head).first(got), name, false));
+        }
         STELLARIUM_ASSIGN(source.content, RawFileSource::open(std::move(file), name));
         return source;
     }

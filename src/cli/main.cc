@@ -28,8 +28,8 @@ int report(const Error& error, bool json) {
         complain(fmt::format("{}\n", control::to_text(control::error_to_json(error))));
     } else {
         complain(fmt::format("stellarctl: {}\n", error.message()));
-        // The words that were wrong are the advice themselves.
-        if (error.code() != ErrorCode::kInvalidArgument && error.code() != ErrorCode::kCancelled) {
+        // The other messages say what to do themselves; these are often the system's alone.
+        if (error.code() == ErrorCode::kIo || error.code() == ErrorCode::kNoSpace) {
             complain(fmt::format("stellarctl: advice: {}\n", mapping.advice));
         }
     }
@@ -93,6 +93,7 @@ int print_completions(const std::vector<std::string>& words) {
     Invocation invocation;
     build_app(app, invocation);
     Output out(false, false);
+    invocation.location.lock_timeout = {};  // Whoever types does not wait for names.
     for (size_t i = 0; i + 1 < words.size(); ++i) {
         if (words[i] == "--store") {
             invocation.location.store = words[i + 1];
@@ -109,6 +110,15 @@ int print_completions(const std::vector<std::string>& words) {
     return out.flush() ? 0 : 1;
 }
 
+Result<void> print_version(Output& out) {
+    if (out.json()) {
+        out.value(Json{{"version", STELLARIUM_VERSION}});
+    } else {
+        out.line("stellarctl " STELLARIUM_VERSION);
+    }
+    return out.flush();
+}
+
 /// Runs the command and prints its answer.
 Result<void> run_command(const Invocation& invocation, Output& out) {
     if (invocation.command_path == "completion") {
@@ -118,16 +128,15 @@ Result<void> run_command(const Invocation& invocation, Output& out) {
                         fmt::format("'{}' is not a shell with completion; known: bash, zsh, fish",
                                     invocation.shell));
         }
-        out.raw(*script);
+        if (out.json()) {
+            out.value(Json{{"shell", invocation.shell}, {"script", *script}});
+        } else {
+            out.raw(*script);
+        }
         return out.flush();
     }
     if (invocation.command_path == "version") {
-        if (out.json()) {
-            out.value(Json{{"version", STELLARIUM_VERSION}});
-        } else {
-            out.line("stellarctl " STELLARIUM_VERSION);
-        }
-        return out.flush();
+        return print_version(out);
     }
     Context context(invocation.location, out, !invocation.no_progress);
     STELLARIUM_TRY(invocation.command(context, invocation.arguments));
@@ -136,7 +145,7 @@ Result<void> run_command(const Invocation& invocation, Output& out) {
 }
 
 int run(int argc, char** argv) {
-    const std::vector<std::string> words(argv + std::min(argc, 1), argv + argc);
+    std::vector<std::string> words(argv + std::min(argc, 1), argv + argc);
     if (!words.empty() && words.front() == "__complete") {
         return print_completions({words.begin() + 1, words.end()});
     }
@@ -147,12 +156,23 @@ int run(int argc, char** argv) {
         complain(fmt::format("{}", app.help()));
         return kUsageExit;
     }
+    const bool json = std::ranges::find(words, "--json") != words.end();
+    if (words.front() == "help" && (words.size() == 1 || !words[1].starts_with('-'))) {
+        words.erase(words.begin());
+        if (const std::string unknown = unknown_command(app, words); !unknown.empty()) {
+            return usage_error(unknown, json);
+        }
+        words.emplace_back("--help");
+    }
     try {
-        app.parse(argc, argv);
+        app.parse(std::vector<std::string>(words.rbegin(), words.rend()));  // From the end.
+    } catch (const CLI::CallForVersion&) {
+        Output out(json, false);
+        const Result<void> printed = print_version(out);
+        return printed ? 0 : report(printed.error(), json);
     } catch (const CLI::Success& success) {
-        return app.exit(success);  // --help, --version.
+        return app.exit(success);  // --help.
     } catch (const CLI::ParseError& error) {
-        const bool json = std::ranges::find(words, "--json") != words.end();
         if (const std::string unknown = unknown_command(app, words); !unknown.empty()) {
             return usage_error(unknown, json);
         }

@@ -1,14 +1,19 @@
 #include "cli/session.h"
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cstdlib>
+#include <fstream>
+#include <thread>
 
 #include <fmt/format.h>
 #include <pwd.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "cli/interrupt.h"
+#include "cli/output.h"
 #include "control/locations.h"
 #include "control/service.h"
 #include "io/posix.h"
@@ -93,6 +98,95 @@ std::unique_ptr<Session> daemon_session(const std::string& socket,
     return std::make_unique<DaemonSession>(socket, trusted_users, std::move(client));
 }
 
+using Clock = std::chrono::steady_clock;
+constexpr std::chrono::milliseconds kFirstPause{5};
+constexpr std::chrono::milliseconds kLongestPause{100};
+/// A person who waits longer is told for what.
+constexpr std::chrono::seconds kSilentWait{1};
+
+/// Who holds a store, as far as can be seen.
+struct Holder {
+    std::string pid;      ///< "" when it is not known.
+    std::string program;  ///< "stellarctl"; "" when it is not known.
+
+    std::string text() const {
+        if (pid.empty()) {
+            return "another process";
+        }
+        return program.empty() ? "process " + pid : fmt::format("process {} ({})", pid, program);
+    }
+};
+
+Holder holder_of(const std::string& directory) {
+    Holder holder;
+    std::ifstream(directory + "/lock") >> holder.pid;
+    if (holder.pid.empty() || holder.pid.find_first_not_of("0123456789") != std::string::npos) {
+        return {};
+    }
+    std::ifstream(fmt::format("/proc/{}/comm", holder.pid)) >> holder.program;
+    return holder;
+}
+
+Error busy_error(const Holder& holder, const StoreLocation& location,
+                 const std::string& directory) {
+    const std::string waited =
+        location.lock_timeout.count() == 0
+            ? std::string()
+            : fmt::format(" (waited {} s)",
+                          std::chrono::duration<double>(location.lock_timeout).count());
+    const std::string held =
+        fmt::format("the store {} is held by {}{}", directory, holder.text(), waited);
+    if (holder.program == "stellariumd") {
+        return {ErrorCode::kBusy,
+                held +
+                    ", a daemon that does not answer: if it is just starting or stopping, try "
+                    "again; if its socket is elsewhere, give --socket"};
+    }
+    if (holder.program == "stellarctl") {
+        return {ErrorCode::kBusy, held +
+                                      ", another command: try again when it has ended, wait "
+                                      "longer with --lock-timeout, or start a daemon, which "
+                                      "serves many commands at the same time"};
+    }
+    return {ErrorCode::kBusy, held +
+                                  ", which does not answer as a daemon: end it, or if it is a "
+                                  "daemon whose socket is elsewhere, give --socket"};
+}
+
+/// The daemon of the store, or nothing when none answers.
+/// kPermissionDenied when there may be one that this user is not to talk to.
+Result<std::unique_ptr<Session>> find_daemon(const std::string& directory,
+                                             const std::vector<uid_t>& trusted) {
+    std::optional<Error> denied;
+    for (const std::string& candidate :
+         control::control_socket_candidates(*io::real_env().files, directory)) {
+        auto client = control::connect_unix(candidate, trusted);
+        if (client) {
+            return daemon_session(candidate, trusted, *std::move(client));
+        }
+        if (client.error().code() == ErrorCode::kPermissionDenied) {
+            denied = client.error();
+        }
+    }
+    if (denied) {
+        return std::unexpected(*denied);
+    }
+    return nullptr;
+}
+
+Result<std::unique_ptr<Session>> open_direct(const std::string& directory,
+                                             const StoreLocation& location) {
+    STELLARIUM_TRY(check_owner(directory));
+    nova::PoolOptions options;
+    options.allow_stale = location.allow_stale;
+    options.store.allow_unsafe_file_system = location.allow_unsafe_file_system;
+    // A command does what it was asked for.
+    options.gc.automatic = false;
+    STELLARIUM_ASSIGN(std::unique_ptr<nova::Pool> pool,
+                      nova::Pool::open(io::real_env(), directory, options));
+    return std::make_unique<DirectSession>(std::move(pool), directory);
+}
+
 }  // namespace
 
 Result<std::string> store_directory(const StoreLocation& location) {
@@ -133,48 +227,49 @@ Result<std::unique_ptr<Session>> Session::open_any(const StoreLocation& location
     }
 
     STELLARIUM_ASSIGN(const std::string directory, store_directory(location));
-    const io::Env env = io::real_env();
-    // Some of these places lie in folders where others may write, too.
+    // Some places of sockets lie in folders where others may write, too.
     std::vector<uid_t> trusted{geteuid(), 0};
     if (struct stat status{}; stat(directory.c_str(), &status) == 0) {
         trusted.push_back(status.st_uid);
     }
-    std::optional<Error> denied;
-    for (const std::string& candidate : control::control_socket_candidates(*env.files, directory)) {
-        auto client = control::connect_unix(candidate, trusted);
-        if (client) {
-            return daemon_session(candidate, trusted, *std::move(client));
+    const Clock::time_point begin = Clock::now();
+    const auto daemon_timeout =
+        std::min<std::chrono::milliseconds>(location.lock_timeout, kDaemonTimeout);
+    std::chrono::milliseconds pause = kFirstPause;
+    bool told = false;
+    while (true) {
+        STELLARIUM_TRY(check_interrupt());
+        Result<std::unique_ptr<Session>> session = find_daemon(directory, trusted);
+        if (session && *session) {
+            return session;
         }
-        if (client.error().code() == ErrorCode::kPermissionDenied) {
-            denied = client.error();
+        const auto waited = Clock::now() - begin;
+        // The store is left alone meanwhile, or the daemon could not have it.
+        if (!session || !location.needs_daemon || waited >= daemon_timeout) {
+            const std::optional<Error> denied =
+                session ? std::nullopt : std::optional(session.error());
+            session = open_direct(directory, location);
+            if (session || session.error().code() != ErrorCode::kBusy) {
+                // Perhaps a daemon is there after all, and not for us.
+                return !session && denied && session.error().code() == ErrorCode::kPermissionDenied
+                           ? std::unexpected(*denied)
+                           : std::move(session);
+            }
+            if (denied) {
+                return std::unexpected(*denied);
+            }
+            if (waited >= location.lock_timeout) {
+                return std::unexpected(busy_error(holder_of(directory), location, directory));
+            }
+            if (!told && waited >= kSilentWait && isatty(STDERR_FILENO) == 1) {
+                told = true;
+                complain(fmt::format("stellarctl: waiting for {}, which holds the store\n",
+                                     holder_of(directory).text()));
+            }
         }
+        std::this_thread::sleep_for(pause);
+        pause = std::min(pause * 2, kLongestPause);
     }
-    Result<void> owner = check_owner(directory);
-    if (!owner) {
-        return std::unexpected(owner.error());
-    }
-    nova::PoolOptions options;
-    options.allow_stale = location.allow_stale;
-    options.store.allow_unsafe_file_system = location.allow_unsafe_file_system;
-    // A command does what it was asked for.
-    options.gc.automatic = false;
-    Result<std::unique_ptr<nova::Pool>> pool = nova::Pool::open(env, directory, options);
-    if (!pool) {
-        // Perhaps a daemon is there after all, and not for us.
-        if (denied && (pool.error().code() == ErrorCode::kBusy ||
-                       pool.error().code() == ErrorCode::kPermissionDenied)) {
-            return std::unexpected(*denied);
-        }
-        if (pool.error().code() == ErrorCode::kBusy) {
-            return std::unexpected(
-                Error(ErrorCode::kBusy,
-                      pool.error().message() +
-                          "; it does not answer as a daemon (if it is one that is just starting or "
-                          "stopping, try again; if its socket is elsewhere, give --socket)"));
-        }
-        return std::unexpected(pool.error());
-    }
-    return std::make_unique<DirectSession>(*std::move(pool), directory);
 }
 
 }  // namespace stellarium::cli

@@ -5,11 +5,13 @@
 //     STELLARIUM_TRY(session->close());
 //
 // The daemon is looked for where control/locations.h says; --socket names one and is then the only
-// way. A store whose lock is held by something that does not answer is kBusy with the holder's pid.
+// way. A store is held by one process at a time: another command is waited for, and so is a daemon
+// that is just starting, as long as `lock_timeout` says; then it is kBusy, naming the holder.
 //
 // Thread rule: one thread.
 #pragma once
 
+#include <chrono>
 #include <memory>
 #include <optional>
 #include <string>
@@ -20,11 +22,18 @@
 
 namespace stellarium::cli {
 
+inline constexpr std::chrono::seconds kDefaultLockTimeout{10};
+/// How long a command that needs a daemon waits for one to show up: `stellariumd &` has just run.
+inline constexpr std::chrono::seconds kDaemonTimeout{3};
+
 struct StoreLocation {
     std::string store;   ///< "": $STELLARIUM_STORE, then the default.
     std::string socket;  ///< "": $STELLARIUM_SOCKET, then looked for.
     bool allow_unsafe_file_system = false;
     bool allow_stale = false;  ///< See nova::PoolOptions; refused with a daemon.
+    std::chrono::milliseconds lock_timeout = kDefaultLockTimeout;  ///< 0: does not wait.
+    /// Waits for a daemon, at most kDaemonTimeout, before it goes without one.
+    bool needs_daemon = false;
 };
 
 /// The store that `location` means.

@@ -98,15 +98,20 @@ class Store:
 
     # --- The daemon -------------------------------------------------------------------------------
 
+    def begin_daemon(self, *words, environment=None):
+        """Without waiting until it answers."""
+        with open(self.log, "ab") as log:
+            self.daemon = subprocess.Popen(
+                [DAEMON, *map(str, words)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env={**self.environment, **(environment or {})})
+        return self.daemon
+
     def start_daemon(self, *words):
         with tempfile.TemporaryDirectory(prefix="stl-ready-") as folder, \
                 socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
             ready.bind(f"{folder}/ready")
             ready.settimeout(1)
-            with open(self.log, "ab") as log:
-                self.daemon = subprocess.Popen(
-                    [DAEMON, *map(str, words)], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                    env={**self.environment, "NOTIFY_SOCKET": f"{folder}/ready"})
+            self.begin_daemon(*words, environment={"NOTIFY_SOCKET": f"{folder}/ready"})
             for _ in range(TIMEOUT_S):
                 if self.daemon.poll() is not None:
                     break
