@@ -522,10 +522,14 @@ void HttpServer::Impl::check_all_closed() {
 
 void HttpServer::Impl::Listener::close_longest_idle(const Session* but) {
     Session* longest = nullptr;
+    auto oldest = std::chrono::steady_clock::time_point::max();
     for (Session* session : server->sessions) {
-        if (session != but && session->listener().get() == this && session->idle_since() &&
-            (longest == nullptr || *session->idle_since() < *longest->idle_since())) {
+        if (session == but || session->listener().get() != this) {
+            continue;
+        }
+        if (const auto since = session->idle_since(); since && *since < oldest) {
             longest = session;
+            oldest = *since;
         }
     }
     if (longest != nullptr) {
