@@ -1,4 +1,5 @@
-// Holds docs/formats/tree.md to the code: constants, magics, offsets, bits and dumps.
+// Holds docs/formats/tree.md and arena.md to the code: constants, magics, offsets, bits and dumps.
+#include <algorithm>
 #include <cstddef>
 #include <cstring>
 #include <fstream>
@@ -8,7 +9,12 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include "base/hash.h"
+#include "io/simulated.h"
+#include "nova/arena.h"
 #include "nova/codec.h"
+#include "nova/format.h"
+#include "nova/limits.h"
 
 namespace stellarium::nova {
 namespace {
@@ -16,8 +22,8 @@ namespace {
 /// The page, as lines under their nearest heading.
 class Page {
   public:
-    Page() {
-        std::ifstream file(STELLARIUM_SOURCE_DIR "/docs/formats/tree.md");
+    explicit Page(const std::string& name = "tree.md") {
+        std::ifstream file(STELLARIUM_SOURCE_DIR "/docs/formats/" + name);
         std::string heading;
         for (std::string line; std::getline(file, line);) {
             if (line.starts_with("## ") || line.starts_with("### ")) {
@@ -87,30 +93,31 @@ struct Field {
         #field, offsetof(Struct, field), sizeof(Struct::field) \
     }
 
+void expect_struct(const Page& page, const std::string& name, size_t size,
+                   const std::vector<Field>& fields) {
+    const std::string heading = fmt::format("`{}` ({} bytes)", name, size);
+    ASSERT_TRUE(page.has(heading)) << heading;
+    std::vector<Field> documented;
+    for (const auto& row : page.rows(heading)) {
+        documented.push_back({row.at(2), std::stoul(row.at(0)), std::stoul(row.at(1))});
+    }
+    EXPECT_EQ(documented.size(), fields.size()) << name;
+    for (size_t i = 0; i < std::min(documented.size(), fields.size()); ++i) {
+        EXPECT_TRUE(documented[i] == fields[i]) << name << "." << fields[i].name;
+    }
+}
+
 TEST(TreeFormatPage, StructsAreAsDocumented) {
     const Page page;
-    const auto expect_struct = [&page](const std::string& name, size_t size,
-                                       const std::vector<Field>& fields) {
-        const std::string heading = fmt::format("`{}` ({} bytes)", name, size);
-        ASSERT_TRUE(page.has(heading)) << heading;
-        std::vector<Field> documented;
-        for (const auto& row : page.rows(heading)) {
-            documented.push_back({row.at(2), std::stoul(row.at(0)), std::stoul(row.at(1))});
-        }
-        EXPECT_EQ(documented.size(), fields.size()) << name;
-        for (size_t i = 0; i < std::min(documented.size(), fields.size()); ++i) {
-            EXPECT_TRUE(documented[i] == fields[i]) << name << "." << fields[i].name;
-        }
-    };
-    expect_struct("NodeHeader", sizeof(NodeHeader),
+    expect_struct(page, "NodeHeader", sizeof(NodeHeader),
                   {STELLARIUM_FIELD(NodeHeader, magic), STELLARIUM_FIELD(NodeHeader, version),
                    STELLARIUM_FIELD(NodeHeader, level), STELLARIUM_FIELD(NodeHeader, entries)});
-    expect_struct("InnerHeader", sizeof(InnerHeader),
+    expect_struct(page, "InnerHeader", sizeof(InnerHeader),
                   {STELLARIUM_FIELD(InnerHeader, node), STELLARIUM_FIELD(InnerHeader, present)});
-    expect_struct("DeltaChild", sizeof(DeltaChild),
+    expect_struct(page, "DeltaChild", sizeof(DeltaChild),
                   {STELLARIUM_FIELD(DeltaChild, id), STELLARIUM_FIELD(DeltaChild, leaves),
                    STELLARIUM_FIELD(DeltaChild, extents)});
-    expect_struct("BucketLeaf", sizeof(BucketLeaf),
+    expect_struct(page, "BucketLeaf", sizeof(BucketLeaf),
                   {STELLARIUM_FIELD(BucketLeaf, leaf), STELLARIUM_FIELD(BucketLeaf, extents)});
 }
 
@@ -200,6 +207,74 @@ TEST(TreeFormatPage, DumpsAreNodesThatDecode) {
     ASSERT_EQ(bucket->leaves.size(), 2U);
     EXPECT_EQ(bucket->leaves[1].first, 1'000'000'000U);
     EXPECT_TRUE(bucket->table.extents.back().hole);
+}
+
+TEST(ArenaFormatPage, StructsAndConstantsAreAsDocumented) {
+    using format::ArenaHeader;
+    using format::ArenaSlot;
+    using format::ArenaSlotKind;
+    const Page page("arena.md");
+    expect_struct(page, "ArenaHeader", sizeof(ArenaHeader),
+                  {STELLARIUM_FIELD(ArenaHeader, magic), STELLARIUM_FIELD(ArenaHeader, version),
+                   STELLARIUM_FIELD(ArenaHeader, slot_count), STELLARIUM_FIELD(ArenaHeader, store),
+                   STELLARIUM_FIELD(ArenaHeader, arena), STELLARIUM_FIELD(ArenaHeader, previous),
+                   STELLARIUM_FIELD(ArenaHeader, boot), STELLARIUM_FIELD(ArenaHeader, device),
+                   STELLARIUM_FIELD(ArenaHeader, inode), STELLARIUM_FIELD(ArenaHeader, checksum)});
+    expect_struct(page, "ArenaSlot", sizeof(ArenaSlot),
+                  {STELLARIUM_FIELD(ArenaSlot, volume), STELLARIUM_FIELD(ArenaSlot, page),
+                   STELLARIUM_FIELD(ArenaSlot, sequence),
+                   STELLARIUM_FIELD(ArenaSlot, data_checksum), STELLARIUM_FIELD(ArenaSlot, kind),
+                   STELLARIUM_FIELD(ArenaSlot, reserved), STELLARIUM_FIELD(ArenaSlot, checksum)});
+    std::map<std::string, uint64_t> values{
+        {"kArenaVersion", format::kArenaVersion},
+        {"kPageBytes", kPageBytes},
+        {"kPagesPerLeaf", kPagesPerLeaf},
+        {"kFree", static_cast<uint64_t>(ArenaSlotKind::kFree)},
+        {"kPage", static_cast<uint64_t>(ArenaSlotKind::kPage)},
+        {"kZeros", static_cast<uint64_t>(ArenaSlotKind::kZeros)}};
+    for (const char* section : {"Shape", "Kinds of slots"}) {
+        for (const auto& row : page.rows(section)) {
+            ASSERT_TRUE(values.contains(row.at(0))) << row.at(0);
+            EXPECT_EQ(row.at(1), std::to_string(values[row.at(0)])) << row.at(0);
+            values.erase(row.at(0));
+        }
+    }
+    EXPECT_TRUE(values.empty()) << "not documented";
+}
+
+TEST(ArenaFormatPage, DumpsAreWhatIsWritten) {
+    io::SimulatedMachine machine(1);
+    Identity store{};
+    Identity identity{};
+    Identity previous{};
+    store.fill(0x11);
+    identity.fill(0x22);
+    previous.fill(0x33);
+    const auto arena = Arena::make_file(machine.env(), "/a.arena", kMinDirtyBudgetBytes,
+                                        {.store = store, .superblock = {.device = 5, .inode = 77}},
+                                        identity, previous);
+    ASSERT_TRUE(arena) << arena.error().message();
+    const MutableBytes data = (*arena)->data(0);
+    std::ranges::fill(data, std::byte{0xab});
+    (*arena)->publish_page(0, 3, 7, checksum64(data));
+    const auto file = machine.files().open("/a.arena", io::OpenMode::kReadOnly);
+    ASSERT_TRUE(file);
+    std::vector<std::byte> header(sizeof(format::ArenaHeader));
+    std::vector<std::byte> slot(sizeof(format::ArenaSlot));
+    ASSERT_TRUE(io::read_exact(**file, header, 0));
+    ASSERT_TRUE(io::read_exact(**file, slot, kPageBytes));
+    const auto dumps = Page("arena.md").dumps("Examples");
+    ASSERT_EQ(dumps.size(), 2U);
+    const auto text = [](Bytes bytes) {
+        std::string out;
+        for (size_t i = 0; i < bytes.size(); ++i) {
+            out += i % 16 == 0 ? fmt::format("\n{:04x} ", i) : std::string();
+            out += fmt::format(" {:02x}", static_cast<unsigned>(bytes[i]));
+        }
+        return out;
+    };
+    EXPECT_EQ(dumps[0], header) << text(header);
+    EXPECT_EQ(dumps[1], slot) << text(slot);
 }
 
 }  // namespace
