@@ -36,6 +36,8 @@ struct SweepOptions {
     /// as it goes.
     uint64_t rate_bytes_per_second = 0;
     /// A segment with less than this share of its pages alive is emptied and unlinked; a pack, too.
+    /// So is a segment of which less than half is alive when what is dead lies in many short runs,
+    /// because each hole costs time to punch. 0: nothing is moved.
     double move_below = 0.25;
     /// Asked now and then; true: stop as soon as the store is consistent (kCancelled).
     std::function<bool()> cancelled{};

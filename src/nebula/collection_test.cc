@@ -341,6 +341,40 @@ TEST_F(CollectionTest, WhatIsLeftOfADeadSegmentIsMoved) {
     EXPECT_EQ(keep_only({&chunks[1]}, {&objects[2]}).dead_chunks, 1U);
 }
 
+TEST_F(CollectionTest, FragmentedSegmentsAreEmptiedRatherThanPunched) {
+    // One segment of single pages, of which every other one dies, with a few more.
+    ASSERT_OK(store_->close());
+    store_.reset();
+    auto opened = open_store(machine_.env(), "/pool", {.segment_bytes = 4 * kMinSegmentBytes});
+    ASSERT_OK(opened);
+    store_ = std::move(opened->store);
+    std::vector<Blob> chunks;
+    while (store_->stats().segments < 2) {
+        WriteBatch batch;
+        const size_t first = chunks.size();
+        for (size_t i = 0; i < 40; ++i) {
+            chunks.push_back(make_chunk(first + i, 1));
+        }
+        for (size_t i = first; i < chunks.size(); ++i) {
+            batch.add_chunk(chunks[i].id, chunks[i].bytes);
+        }
+        ASSERT_OK(store_->append(batch));
+    }
+    std::vector<const Blob*> kept;
+    for (size_t i = 0; i < chunks.size(); i += 2) {
+        if (i % 10 != 0) {
+            kept.push_back(&chunks[i]);
+        }
+    }
+    machine_.files().reset_counts();
+    EXPECT_EQ(keep_only(kept).segments_freed, 1U);
+    EXPECT_LT(machine_.files().counts().of(io::OperationKind::kPunchHole), 40U);
+    EXPECT_EQ(bytes_on_disk(), store_->stats().stored_bytes);
+    for (const Blob* chunk : kept) {
+        EXPECT_EQ(read_chunk(*store_, chunk->id).value(), chunk->bytes);
+    }
+}
+
 TEST_F(CollectionTest, PacksThatAreMostlyDeadAreRepacked) {
     std::vector<Blob> objects;
     WriteBatch batch;
@@ -429,8 +463,11 @@ TEST_F(CollectionTest, DumpsKnowWhatWasFreed) {
         chunks.push_back(make_chunk(i, 8));
         WriteBatch batch;
         batch.add_chunk(chunks.back().id, chunks.back().bytes);
+        std::vector<Blob> objects;
         for (uint64_t k = 0; k < 20; ++k) {
-            const Blob object = make_blob(1000 + 20 * i + k, 500);
+            objects.push_back(make_blob(1000 + 20 * i + k, 500));
+        }
+        for (const Blob& object : objects) {
             batch.add_object(object.id, object.bytes);
         }
         ASSERT_OK(store_->append(batch));

@@ -156,6 +156,8 @@ class CollectionImpl final : public Collection {
     Result<Found> look_at(Segment& segment, const MarkSet::Bits& live, double sparse_below);
     Result<CollectionReport> count(const SweepOptions& options);
 
+    static bool is_worth_emptying(const Segment& segment, const SegmentLiveness& liveness,
+                                  double move_below);
     Result<void> move_sparse(const SweepOptions& options, Pace& pace);
     Result<void> move_entries(Segment& segment, const std::vector<uint32_t>& ordinals, Pace& pace);
     Result<void> condemn(Segment& segment);
@@ -263,6 +265,11 @@ namespace {
 constexpr size_t kCondemnSlice = 1024;
 /// Content that is moved by one append.
 constexpr uint64_t kMoveBytes = uint64_t{1} << 20;
+/// Punching costs by the hole, copying by the page: a segment with less than this share alive is
+/// emptied rather than punched when what is dead lies in many short runs.
+constexpr double kMoveFragmentedBelow = 0.5;
+constexpr uint32_t kManyHoles = 32;
+constexpr uint32_t kShortHolePages = 8;
 /// The longest sleep between two looks at whether to stop.
 constexpr std::chrono::milliseconds kLongestPause{50};
 
@@ -399,6 +406,27 @@ Result<CollectionReport> CollectionImpl::sweep(const SweepOptions& options) {
     return report_;
 }
 
+bool CollectionImpl::is_worth_emptying(const Segment& segment, const SegmentLiveness& liveness,
+                                       double move_below) {
+    const double live_share = static_cast<double>(liveness.end_page - liveness.dead_pages) /
+                              static_cast<double>(liveness.end_page);
+    if (live_share < move_below) {
+        return true;
+    }
+    uint32_t holes = 0;
+    uint32_t pages = 0;
+    for (const PageRun& run : liveness.dead_runs) {
+        const auto& punched = segment.reclaim.punched;
+        const auto done = std::ranges::lower_bound(punched, run.page, {}, &PageRun::page);
+        if (done == punched.end() || *done != run) {
+            ++holes;
+            pages += run.pages;
+        }
+    }
+    return move_below > 0 && live_share < kMoveFragmentedBelow && holes >= kManyHoles &&
+           pages < kShortHolePages * holes;
+}
+
 /// Copies what is left of segments and packs that are mostly dead, so that they die as a whole.
 Result<void> CollectionImpl::move_sparse(const SweepOptions& options, Pace& pace) {
     for (Segment* segment : store_.segments_->all()) {
@@ -413,8 +441,7 @@ Result<void> CollectionImpl::move_sparse(const SweepOptions& options, Pace& pace
         STELLARIUM_ASSIGN(const Found found, look_at(*segment, live, options.move_below));
         const SegmentLiveness& liveness = found.liveness;
         const bool empty_it = found.can_be_emptied && liveness.live_entries > 0 &&
-                              static_cast<double>(liveness.end_page - liveness.dead_pages) <
-                                  options.move_below * static_cast<double>(liveness.end_page);
+                              is_worth_emptying(*segment, liveness, options.move_below);
         std::vector<uint32_t> ordinals;
         bool in_sparse_pack = false;
         const uint32_t end_page = end_page_in(*segment);
