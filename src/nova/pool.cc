@@ -1403,7 +1403,10 @@ Result<PoolImpl::Checkpoint> PoolImpl::make_checkpoint() {
 /// No checkpoint may run between the barrier and the position: see Collection::fix_position().
 Result<Collector::Published> PoolImpl::begin_collection() {
     const std::lock_guard one(checkpoint_mutex_);
-    STELLARIUM_TRY(fold_where_due());
+    // On a full disk a collection is what is needed most, and folding is not.
+    if (auto folded = fold_where_due(); !folded && folded.error().code() != ErrorCode::kNoSpace) {
+        return std::unexpected(std::move(folded).error());
+    }
     Collector::Published published;
     STELLARIUM_ASSIGN(published.collection, store_->begin_collection());
     STELLARIUM_ASSIGN(Checkpoint made, make_checkpoint());
