@@ -62,9 +62,9 @@ class ReaderGate {
   private:
     static constexpr size_t kShards = 32;
     static size_t shard_of_this_thread() {
-        thread_local const size_t shard =
+        thread_local const size_t kShard =
             std::hash<std::thread::id>()(std::this_thread::get_id()) % kShards;
-        return shard;
+        return kShard;
     }
     struct alignas(64) Shard {
         std::array<std::atomic<uint64_t>, 2> inside{};
