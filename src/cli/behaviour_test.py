@@ -1030,7 +1030,7 @@ class Daemon(TestCase):
         for method, target, body, text in [
                 ("GET", "/v1/snapshots?volme=v", b"", "did you mean 'volume'?"),
                 ("POST", "/v1/volumes", b'{"name": "a", "name": "b", "size_bytes": 4096}',
-                 "'name' twice")]:
+                 "'name' more than once")]:
             head, body = ask(method, target, body)
             self.assertTrue(head.startswith("HTTP/1.1 400 "), head)
             self.assertIn(text, json.loads(body)["message"])
