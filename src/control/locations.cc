@@ -181,7 +181,9 @@ Result<void> walk(const std::string& path, std::optional<gid_t> group, bool make
             at.resize(at.empty() ? 0 : at.rfind('/'));
             continue;
         }
-        const std::string next = at + "/" + part;
+        std::string next = at;
+        next += '/';
+        next += part;
         bool made = false;
         if (lstat(next.c_str(), &status) != 0) {
             if (errno != ENOENT) {

@@ -853,7 +853,10 @@ Response ControlService::handle(const Request& request) {
         return error_response(parsed.error());
     }
     // HEAD is GET; whoever carries the answer leaves its content out.
-    const std::string_view method = request.method == "HEAD" ? "GET" : request.method;
+    std::string_view method = request.method;
+    if (method == "HEAD") {
+        method = "GET";
+    }
     std::vector<std::string_view> other_methods;
     for (const Impl::Row& row : Impl::kRows) {
         std::optional<std::vector<std::string>> values = match(row.info.path, parsed->segments);

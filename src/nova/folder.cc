@@ -60,6 +60,7 @@ class LeafRewriter {
             return {};
         }
         std::vector<Bytes> pieces;
+        pieces.reserve(cuts.size());
         for (const nebula::Cut& cut : cuts) {
             pieces.push_back(Bytes(content).subspan((cut.first_page - first_page) * kPageBytes,
                                                     cut.pages * kPageBytes));
