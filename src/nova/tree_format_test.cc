@@ -1,4 +1,5 @@
-// Holds docs/formats/tree.md and arena.md to the code: constants, magics, offsets, bits and dumps.
+// Holds docs/formats/tree.md, arena.md and records.md to the code: constants, magics, offsets, bits
+// and dumps.
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
@@ -15,6 +16,7 @@
 #include "nova/codec.h"
 #include "nova/format.h"
 #include "nova/limits.h"
+#include "nova/records.h"
 
 namespace stellarium::nova {
 namespace {
@@ -275,6 +277,152 @@ TEST(ArenaFormatPage, DumpsAreWhatIsWritten) {
     };
     EXPECT_EQ(dumps[0], header) << text(header);
     EXPECT_EQ(dumps[1], slot) << text(slot);
+}
+
+TEST(RecordsFormatPage, StructsAreAsDocumented) {
+    const Page page("records.md");
+    expect_struct(
+        page, "NodeName", sizeof(format::NodeName),
+        {STELLARIUM_FIELD(format::NodeName, id), STELLARIUM_FIELD(format::NodeName, hint)});
+    expect_struct(
+        page, "Create", sizeof(format::Create),
+        {STELLARIUM_FIELD(format::Create, id), STELLARIUM_FIELD(format::Create, kind),
+         STELLARIUM_FIELD(format::Create, name_bytes), STELLARIUM_FIELD(format::Create, reserved),
+         STELLARIUM_FIELD(format::Create, size_bytes), STELLARIUM_FIELD(format::Create, created_ns),
+         STELLARIUM_FIELD(format::Create, data_bytes), STELLARIUM_FIELD(format::Create, root)});
+    expect_struct(
+        page, "Clone", sizeof(format::Clone),
+        {STELLARIUM_FIELD(format::Clone, source), STELLARIUM_FIELD(format::Clone, first_id),
+         STELLARIUM_FIELD(format::Clone, size_bytes), STELLARIUM_FIELD(format::Clone, created_ns),
+         STELLARIUM_FIELD(format::Clone, count), STELLARIUM_FIELD(format::Clone, reserved)});
+    expect_struct(
+        page, "Snapshot", sizeof(format::Snapshot),
+        {STELLARIUM_FIELD(format::Snapshot, id), STELLARIUM_FIELD(format::Snapshot, volume),
+         STELLARIUM_FIELD(format::Snapshot, created_ns),
+         STELLARIUM_FIELD(format::Snapshot, name_bytes),
+         STELLARIUM_FIELD(format::Snapshot, reserved)});
+    expect_struct(
+        page, "Rollback", sizeof(format::Rollback),
+        {STELLARIUM_FIELD(format::Rollback, volume), STELLARIUM_FIELD(format::Rollback, snapshot)});
+    expect_struct(
+        page, "Resize", sizeof(format::Resize),
+        {STELLARIUM_FIELD(format::Resize, volume), STELLARIUM_FIELD(format::Resize, size_bytes),
+         STELLARIUM_FIELD(format::Resize, root)});
+    expect_struct(
+        page, "Rename", sizeof(format::Rename),
+        {STELLARIUM_FIELD(format::Rename, id), STELLARIUM_FIELD(format::Rename, name_bytes),
+         STELLARIUM_FIELD(format::Rename, reserved)});
+    expect_struct(
+        page, "Remove", sizeof(format::Remove),
+        {STELLARIUM_FIELD(format::Remove, count), STELLARIUM_FIELD(format::Remove, reserved)});
+    expect_struct(
+        page, "Attachment", sizeof(format::Attachment),
+        {STELLARIUM_FIELD(format::Attachment, id), STELLARIUM_FIELD(format::Attachment, present),
+         STELLARIUM_FIELD(format::Attachment, reserved0),
+         STELLARIUM_FIELD(format::Attachment, label_bytes),
+         STELLARIUM_FIELD(format::Attachment, options_bytes),
+         STELLARIUM_FIELD(format::Attachment, reserved)});
+    expect_struct(page, "Map", sizeof(format::Map),
+                  {STELLARIUM_FIELD(format::Map, volume), STELLARIUM_FIELD(format::Map, count),
+                   STELLARIUM_FIELD(format::Map, reserved)});
+    expect_struct(
+        page, "MapEntry", sizeof(format::MapEntry),
+        {STELLARIUM_FIELD(format::MapEntry, page), STELLARIUM_FIELD(format::MapEntry, chunk_pages),
+         STELLARIUM_FIELD(format::MapEntry, id)});
+    expect_struct(page, "Hole", sizeof(format::Hole),
+                  {STELLARIUM_FIELD(format::Hole, volume), STELLARIUM_FIELD(format::Hole, count),
+                   STELLARIUM_FIELD(format::Hole, reserved)});
+    expect_struct(
+        page, "HoleEntry", sizeof(format::HoleEntry),
+        {STELLARIUM_FIELD(format::HoleEntry, page), STELLARIUM_FIELD(format::HoleEntry, pages)});
+    expect_struct(
+        page, "Fold", sizeof(format::Fold),
+        {STELLARIUM_FIELD(format::Fold, volume), STELLARIUM_FIELD(format::Fold, root),
+         STELLARIUM_FIELD(format::Fold, count), STELLARIUM_FIELD(format::Fold, reserved)});
+    expect_struct(
+        page, "Arena", sizeof(format::Arena),
+        {STELLARIUM_FIELD(format::Arena, id), STELLARIUM_FIELD(format::Arena, path_bytes),
+         STELLARIUM_FIELD(format::Arena, closed), STELLARIUM_FIELD(format::Arena, reserved)});
+    expect_struct(page, "CatalogRoot", sizeof(format::CatalogRoot),
+                  {STELLARIUM_FIELD(format::CatalogRoot, magic),
+                   STELLARIUM_FIELD(format::CatalogRoot, read_version),
+                   STELLARIUM_FIELD(format::CatalogRoot, write_version),
+                   STELLARIUM_FIELD(format::CatalogRoot, levels),
+                   STELLARIUM_FIELD(format::CatalogRoot, catalog_bytes),
+                   STELLARIUM_FIELD(format::CatalogRoot, pieces),
+                   STELLARIUM_FIELD(format::CatalogRoot, checksum)});
+    expect_struct(page, "CatalogHeader", sizeof(format::CatalogHeader),
+                  {STELLARIUM_FIELD(format::CatalogHeader, next_id),
+                   STELLARIUM_FIELD(format::CatalogHeader, imported_bytes),
+                   STELLARIUM_FIELD(format::CatalogHeader, written_bytes),
+                   STELLARIUM_FIELD(format::CatalogHeader, state_count),
+                   STELLARIUM_FIELD(format::CatalogHeader, entity_count),
+                   STELLARIUM_FIELD(format::CatalogHeader, attachment_count),
+                   STELLARIUM_FIELD(format::CatalogHeader, arena_path_bytes),
+                   STELLARIUM_FIELD(format::CatalogHeader, arena_closed),
+                   STELLARIUM_FIELD(format::CatalogHeader, reserved),
+                   STELLARIUM_FIELD(format::CatalogHeader, arena_id)});
+    expect_struct(page, "CatalogState", sizeof(format::CatalogState),
+                  {STELLARIUM_FIELD(format::CatalogState, root),
+                   STELLARIUM_FIELD(format::CatalogState, delta),
+                   STELLARIUM_FIELD(format::CatalogState, delta_leaves),
+                   STELLARIUM_FIELD(format::CatalogState, delta_extents)});
+    expect_struct(page, "CatalogEntity", sizeof(format::CatalogEntity),
+                  {STELLARIUM_FIELD(format::CatalogEntity, id),
+                   STELLARIUM_FIELD(format::CatalogEntity, parent),
+                   STELLARIUM_FIELD(format::CatalogEntity, size_bytes),
+                   STELLARIUM_FIELD(format::CatalogEntity, created_ns),
+                   STELLARIUM_FIELD(format::CatalogEntity, state),
+                   STELLARIUM_FIELD(format::CatalogEntity, kind),
+                   STELLARIUM_FIELD(format::CatalogEntity, name_bytes),
+                   STELLARIUM_FIELD(format::CatalogEntity, parent_name_bytes)});
+    expect_struct(page, "CatalogAttachment", sizeof(format::CatalogAttachment),
+                  {STELLARIUM_FIELD(format::CatalogAttachment, id),
+                   STELLARIUM_FIELD(format::CatalogAttachment, label_bytes),
+                   STELLARIUM_FIELD(format::CatalogAttachment, options_bytes),
+                   STELLARIUM_FIELD(format::CatalogAttachment, reserved)});
+    expect_struct(page, "CatalogDamage", sizeof(format::CatalogDamage),
+                  {STELLARIUM_FIELD(format::CatalogDamage, id),
+                   STELLARIUM_FIELD(format::CatalogDamage, reason_bytes),
+                   STELLARIUM_FIELD(format::CatalogDamage, reserved)});
+}
+
+TEST(RecordsFormatPage, KindsAreAsDocumented) {
+    const Page page("records.md");
+    const std::map<std::string, RecordKind> kinds{
+        {"kCreate", RecordKind::kCreate},     {"kClone", RecordKind::kClone},
+        {"kSnapshot", RecordKind::kSnapshot}, {"kRollback", RecordKind::kRollback},
+        {"kResize", RecordKind::kResize},     {"kRename", RecordKind::kRename},
+        {"kRemove", RecordKind::kRemove},     {"kAttachment", RecordKind::kAttachment},
+        {"kMap", RecordKind::kMap},           {"kHole", RecordKind::kHole},
+        {"kFold", RecordKind::kFold},         {"kArena", RecordKind::kArena},
+    };
+    const auto rows = page.rows("Records");
+    EXPECT_EQ(rows.size(), kinds.size());
+    for (const auto& row : rows) {
+        ASSERT_TRUE(kinds.contains(row.at(0))) << row.at(0);
+        EXPECT_EQ(std::stoul(row.at(1), nullptr, 16), static_cast<unsigned>(kinds.at(row.at(0))));
+    }
+}
+
+TEST(RecordsFormatPage, DumpsAreWhatIsWritten) {
+    const auto dumps = Page("records.md").dumps("Real payloads");
+    ASSERT_EQ(dumps.size(), 2U);
+    const SnapshotRecord snapshot{
+        .id = 7, .volume = 3, .created_ns = 1'700'000'000'000'000'000, .name = "one"};
+    EXPECT_EQ(encode(snapshot), dumps[0]);
+    const auto decoded = decode<SnapshotRecord>(dumps[0]);
+    ASSERT_TRUE(decoded) << decoded.error().message();
+    EXPECT_EQ(decoded->name, "one");
+    MapEntry entry{.page = 513, .pages = 2, .first_in_chunk = 2, .id = {}};
+    for (size_t i = 0; i < entry.id.bytes.size(); ++i) {
+        entry.id.bytes[i] = static_cast<uint8_t>(i);
+    }
+    const MapRecord map{.volume = 3, .entries = {entry}};
+    EXPECT_EQ(encode(map), dumps[1]);
+    const auto again = decode<MapRecord>(dumps[1]);
+    ASSERT_TRUE(again) << again.error().message();
+    EXPECT_EQ(again->entries, map.entries);
 }
 
 }  // namespace
