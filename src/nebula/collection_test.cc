@@ -535,7 +535,7 @@ TEST_F(CollectionTest, OnAFullDiskDeadSegmentsGoFirst) {
         chunks.push_back(make_chunk(i, kMaxChunkPages));
         append_chunk(*store_, chunks.back());
     }
-    const auto collection = begin();
+    auto collection = begin();
     ASSERT_OK(collection->mark_pages(chunks.back().id, {}, 1));
     constexpr uint64_t kPlenty = uint64_t{1} << 30;
     machine_.files().set_space_limit(kPlenty);
@@ -544,6 +544,7 @@ TEST_F(CollectionTest, OnAFullDiskDeadSegmentsGoFirst) {
     EXPECT_EQ(report.segments_freed, 3U);
     EXPECT_EQ(bytes_on_disk(), store_->stats().stored_bytes);
     machine_.files().set_space_limit(kPlenty);
+    collection.reset();
     reopen();
     EXPECT_EQ(store_->read_only_reason(), std::nullopt);
     EXPECT_EQ(read_chunk(*store_, chunks.back().id).value(), chunks.back().bytes);

@@ -178,6 +178,7 @@ NodeCache::Impl::Impl(uint64_t budget_bytes) {
     budget_bytes = std::max(budget_bytes, kMinBudgetBytes);
     const auto count =
         std::max(std::min<size_t>(budget_bytes / kMinShardBytes, kMaxShards), size_t{1});
+    assert(count > 0);
     for (size_t i = 0; i < count; ++i) {
         shards.push_back(std::make_unique<Shard>());
     }
