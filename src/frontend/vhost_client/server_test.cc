@@ -745,7 +745,10 @@ TEST_F(VhostTest, DiscardsOfManyOrLongRangesLeaveTheDataThread) {
     TestGuest guest;
     guest.connect(socket("probe"));
     auto modes_of = [&](uint32_t kind, const std::vector<BlkRange>& ranges) {
-        modes.clear();
+        {
+            std::lock_guard lock(mutex);
+            modes.clear();
+        }
         auto bytes = static_cast<uint32_t>(ranges.size() * sizeof(BlkRange));
         BlkSlot slot(*guest.ram, bytes);
         std::memcpy(slot.data().data(), ranges.data(), bytes);
@@ -773,7 +776,7 @@ TEST_F(VhostTest, ATurnIsBoundedForTheDeviceNotForEachRing) {
     std::promise<void> gate;
     std::atomic<bool> first{true};
     std::atomic<uint64_t> greedy_bytes{0};
-    uint64_t before_modest = 0;
+    std::atomic<uint64_t> before_modest{0};
     auto greedy = std::make_shared<ProbeDisk>([&](uint64_t length_bytes, IoMode) {
         if (first.exchange(false)) {
             entered.set_value();
