@@ -27,7 +27,7 @@ if(engine_complete)
   foreach(component ${STELLARIUM_ENGINE})
     install(DIRECTORY ${CMAKE_SOURCE_DIR}/src/${component}
             DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/stellarium
-            FILES_MATCHING PATTERN "*.h" PATTERN "test_support.h" EXCLUDE)
+            FILES_MATCHING PATTERN "*.h" PATTERN "test_*.h" EXCLUDE PATTERN "testing" EXCLUDE)
   endforeach()
 endif()
 

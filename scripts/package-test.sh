@@ -29,10 +29,10 @@ stellarctl --version
 stellariumd --version
 for file in /usr/share/bash-completion/completions/stellarctl /usr/lib/systemd/system/stellariumd.service \
     /usr/share/man/man1/stellarctl.1* /usr/share/man/man8/stellariumd.8* \
-    /usr/lib/x86_64-linux-gnu/libstellarium.so /usr/include/stellarium/nova/pool.h; do
+    /usr/lib/libstellarium.so /usr/include/stellarium/nova/pool.h; do
     test -s "$file"
 done
-systemd-analyze verify stellariumd.service
+systemd-analyze verify --man=no stellariumd.service
 bash -n /usr/share/bash-completion/completions/stellarctl
 
 # A store of root's, without a daemon.
