@@ -30,7 +30,7 @@ std::unexpected<Error> no_progress(const File& file, uint64_t offset_bytes) {
 
 }  // namespace
 
-Result<void> read_exact(File& file, MutableBytes into, uint64_t offset_bytes) {
+Result<size_t> read_up_to(File& file, MutableBytes into, uint64_t offset_bytes) {
     InterruptionBudget budget;
     size_t done = 0;
     while (done < into.size()) {
@@ -42,13 +42,21 @@ Result<void> read_exact(File& file, MutableBytes into, uint64_t offset_bytes) {
             return std::unexpected(std::move(got).error());
         }
         if (*got == 0) {
-            return fail(ErrorCode::kCorrupt,
-                        fmt::format("{} ends at offset {}, but {} bytes were expected at offset "
-                                    "{}: the file is truncated",
-                                    file.path(), offset_bytes + done, into.size(), offset_bytes));
+            break;
         }
         budget.progressed();
         done += *got;
+    }
+    return done;
+}
+
+Result<void> read_exact(File& file, MutableBytes into, uint64_t offset_bytes) {
+    STELLARIUM_ASSIGN(const size_t done, read_up_to(file, into, offset_bytes));
+    if (done < into.size()) {
+        return fail(ErrorCode::kCorrupt,
+                    fmt::format("{} ends at offset {}, but {} bytes were expected at offset {}: "
+                                "the file is truncated",
+                                file.path(), offset_bytes + done, into.size(), offset_bytes));
     }
     return {};
 }

@@ -16,7 +16,7 @@
 //     kernel would say.
 //
 // Raw transfers (pread, preadv, pwrite, pwritev) may be short, and may fail with kInterrupted;
-// write_all and read_exact loop. No other call reports kInterrupted: they retry by themselves.
+// write_all, read_exact and read_up_to loop. No other call reports kInterrupted: they retry by themselves.
 //
 // Paths are absolute or relative to the process, '/'-separated. Files are created with mode 0600.
 //
@@ -181,6 +181,8 @@ struct Env {
 /// The real operating system; one instance a process.
 Env real_env();
 
+/// Loops over short reads and interruptions, to the end of `into` or of the file; returns how much.
+Result<size_t> read_up_to(File& file, MutableBytes into, uint64_t offset_bytes);
 /// Loops over short reads and interruptions. kCorrupt naming file and offset when the file ends
 /// before `into` is full.
 Result<void> read_exact(File& file, MutableBytes into, uint64_t offset_bytes);

@@ -78,7 +78,7 @@ Result<Identity> boot_identity(io::FileSystem& files) {
         return std::unexpected(std::move(file).error());
     }
     std::array<std::byte, 64> text{};
-    STELLARIUM_ASSIGN(const size_t got, (*file)->pread(text, 0));
+    STELLARIUM_ASSIGN(const size_t got, io::read_up_to(**file, text, 0));
     if (got > 0) {
         const Hash256 digest = hash(Bytes(text).first(got));
         std::copy_n(digest.bytes.begin(), identity.size(), identity.begin());

@@ -97,6 +97,24 @@ TEST(Arena, AnExistingOneIsAllocatedBeforeItIsTouched) {
     EXPECT_EQ(first_page(*pool), data);
 }
 
+TEST(Arena, TheBootIsTheSameHoweverItsIdIsRead) {
+    for (const bool is_short : {true, false}) {
+        TestPool pool;
+        must(pool->create_volume("vm", kMiB));
+        const auto data = random_bytes(4096, 1);
+        write_and_die(pool, data);
+        io::Fault fault;
+        fault.kind = io::OperationKind::kRead;
+        fault.path_part = "boot_id";
+        fault.errno_value = EINTR;
+        fault.short_transfer = is_short;
+        pool.machine().files().inject(fault);
+        pool.open();
+        EXPECT_EQ(pool.machine().files().faults_fired(), 1U);
+        EXPECT_EQ(first_page(*pool), data) << "an acknowledged write was lost";
+    }
+}
+
 TEST(Arena, ACopyOfTheStoreLeavesTheOriginalsAlone) {
     for (const std::string runtime : {"", TestPool::kRuntime}) {
         SCOPED_TRACE(runtime);
