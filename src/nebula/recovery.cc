@@ -151,6 +151,11 @@ Result<void> Recovery::read_before_checkpoint() {
         }
         log_.damage.push_back(fmt::format("{}; this batch was durable at the last checkpoint",
                                           batch.error().message()));
+        // What lies there may be asked for, and is damaged rather than unheard of.
+        if (source.segment == nullptr) {
+            source.segment = &segments_.add_in_memory(source.number, source.file, {});
+        }
+        segments_.add_metadata_damage(*source.segment, batch.error().message());
         STELLARIUM_ASSIGN(const auto next,
                           find_batch(*source.file, store_id_, source.number, page));
         if (!next) {

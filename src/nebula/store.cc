@@ -71,6 +71,8 @@ void StoreImpl::set_read_only(std::string reason) {
 }
 
 void StoreImpl::poison(const Error& error, std::string_view what) {
+    // The system may have thrown away pages that it could not write, and read older ones since.
+    distrusts_files_.store(true);
     set_read_only(
         fmt::format("{} failed, so what was written since may be lost: {}; open the "
                     "store again to see what the disk holds",

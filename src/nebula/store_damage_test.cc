@@ -535,6 +535,45 @@ TEST(DamagedData, IsFoundAtTheFirstReadAndWithVerifyAlwaysAtAny) {
     EXPECT_EQ(sample.unreadable(store), 1U);
 }
 
+TEST(DamagedData, LostByAFailedSyncIsNotServedAsZeros) {
+    io::SimulatedMachine machine(1);
+    const auto opened = open_store(machine.env(), "/pool");
+    ASSERT_OK(opened);
+    Store& store = *opened->store;
+    const Blob chunk = make_chunk(1, 4);
+    WriteBatch batch;
+    batch.add_chunk(chunk.id, chunk.bytes);
+    const auto appended = store.append(batch);
+    ASSERT_OK(appended);
+    ASSERT_OK(read_chunk(store, chunk.id));
+    io::Fault fault;
+    fault.kind = io::OperationKind::kDatasync;
+    fault.lose_unsynced = true;
+    machine.files().inject(fault);
+    EXPECT_FALSE(store.sync(appended->sequence));
+    const auto read = read_chunk(store, chunk.id);
+    ASSERT_FALSE(read) << "bytes that the file does not hold any more were served";
+    EXPECT_EQ(read.error().code(), ErrorCode::kCorrupt);
+}
+
+TEST(DamagedData, BehindARottenHeaderBeforeTheCheckpointIsCorrupt) {
+    const Sample sample(Sample::kBatches);
+    const auto machine = sample.copy();
+    const PageAddress place = sample.place(Sample::kBatches - 1);
+    // The batch's header is the page before its first chunk.
+    flip(*machine, segment_path(place.segment()), place.offset_bytes() - 4096);
+    const auto opened = open_store(machine->env(), "/pool", Sample::options());
+    ASSERT_OK(opened);
+    ASSERT_TRUE(opened->store->read_only_reason());
+    ByteVector page(4096);
+    const iovec into{page.data(), page.size()};
+    const auto read = opened->store->read(place, std::span(&into, 1), false);
+    ASSERT_FALSE(read);
+    EXPECT_EQ(read.error().code(), ErrorCode::kCorrupt) << read.error().message();
+    EXPECT_EQ(read_chunk(*opened->store, sample.chunks().back().id).error().code(),
+              ErrorCode::kCorrupt);
+}
+
 TEST(DamagedData, OfAPackCostsOneObject) {
     io::SimulatedMachine machine(1);
     std::vector<Blob> objects;

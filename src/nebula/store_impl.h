@@ -287,6 +287,8 @@ class StoreImpl final : public Store {
     std::atomic<bool> replayed_ = false;
     std::atomic<bool> closed_ = false;
     std::atomic<bool> writable_ = true;
+    /// A sync failed: what was read or written by now may be something else in the file.
+    std::atomic<bool> distrusts_files_ = false;
 
     std::mutex checkpoint_mutex_;  ///< One checkpoint at a time; guards superblock_ after open.
     SuperblockSlot superblock_{};

@@ -195,9 +195,10 @@ Result<void> StoreImpl::read(PageAddress address, std::span<const iovec> into, b
                     fmt::format("there is no segment {} (any more): look the chunk up by its id",
                                 address.segment()));
     }
-    auto done = segments_->read_pages(
-        *segment, address.page(), into,
-        options_.verify_always ? ReadCheck::kAlways : ReadCheck::kFirst, no_wait);
+    const bool check_again = options_.verify_always || distrusts_files_.load();
+    auto done =
+        segments_->read_pages(*segment, address.page(), into,
+                              check_again ? ReadCheck::kAlways : ReadCheck::kFirst, no_wait);
     if (!done && done.error().code() == ErrorCode::kCorrupt) {
         return healed_or(std::move(done), *segment, address.page(), into);
     }

@@ -353,7 +353,19 @@ std::unique_ptr<Committer> PoolImpl::make_committer(Arena& arena, bool backgroun
 
 Result<void> PoolImpl::recover() {
     if (auto loaded = catalog_.load(store_->checkpoint_payload()); !loaded) {
-        return std::unexpected(loaded.error().with_context("the list of all volumes and images"));
+        const Error& error = loaded.error();
+        if (error.code() == ErrorCode::kNotFound) {
+            // It is not the pool that is missing.
+            return fail(
+                ErrorCode::kCorrupt,
+                fmt::format("the list of all volumes and images is damaged: {}{}", error.message(),
+                            read_only_reason()
+                                .transform([](const std::string& reason) {
+                                    return fmt::format("; the store is read-only: {}", reason);
+                                })
+                                .value_or("")));
+        }
+        return std::unexpected(error.with_context("the list of all volumes and images"));
     }
     class Sink final : public nebula::ReplaySink {
       public:
