@@ -28,6 +28,8 @@
 #include "base/test_scale.h"
 #include "base/units.h"
 #include "nova/testing/test_pool.h"
+#include "test/model/pool_check.h"
+#include "test/model/pool_commands.h"
 #include "test/model/pool_shadow.h"
 
 namespace stellarium::nova::model {
@@ -126,10 +128,7 @@ class Program {
     }
 
     const Content& content_of(const std::string& source) {
-        const size_t at = source.find('@');
-        const ShadowVolume& volume = shadow_.at(source.substr(0, at));
-        return at == std::string::npos ? volume.content
-                                       : volume.snapshots.at(source.substr(at + 1));
+        return model::content_of(shadow_, source);
     }
 
     uint64_t random_size() {
@@ -204,92 +203,15 @@ class Program {
         return false;
     }
 
-    /// Compares a device with the shadow, piece by piece. `volume`: its present content, of which
-    /// some sectors may be another version; `after_crash` allows what was overwritten since the
-    /// last flush. Afterwards the shadow is what the device is.
-    void check_content(const std::string& source, BlockDevice& device, ShadowVolume* volume,
-                       bool after_crash) {
-        const uint64_t size = content_of(source).size_bytes();
-        std::map<uint64_t, std::vector<Sector>> uncertain;
-        if (volume != nullptr) {
-            uncertain.swap(volume->uncertain);
-        }
-        for (uint64_t offset = 0; offset < size; offset += kPieceBytes) {
-            const size_t length = std::min<uint64_t>(kPieceBytes, size - offset);
-            const size_t padded = (length + kSectorBytes - 1) / kSectorBytes * kSectorBytes;
-            const iovec part{.iov_base = actual_.data(), .iov_len = padded};
-            must(device.read(offset, std::span(&part, 1), IoMode::kMayBlock));
-            content_of(source).read(offset, MutableBytes(expected_).first(length));
-            if (std::memcmp(actual_.data(), expected_.data(), length) != 0) {
-                check_sectors(source, offset, length, volume, uncertain, after_crash);
-            }
-        }
-        if (volume == nullptr) {
-            return;
-        }
-        if (after_crash) {
-            volume->older.clear();
-            return;
-        }
-        for (auto& [sector, versions] : uncertain) {
-            auto& older = volume->older[sector];
-            older.insert(older.end(), versions.begin(), versions.end());
-        }
-    }
-
-    void check_sectors(const std::string& source, uint64_t offset, size_t length,
-                       ShadowVolume* volume,
-                       const std::map<uint64_t, std::vector<Sector>>& uncertain, bool after_crash) {
-        for (size_t done = 0; done < length; done += kSectorBytes) {
-            const size_t step = std::min<size_t>(kSectorBytes, length - done);
-            if (std::memcmp(actual_.data() + done, expected_.data() + done, step) == 0) {
-                continue;
-            }
-            const uint64_t number = (offset + done) / kSectorBytes;
-            const auto is_one_of = [&](const std::map<uint64_t, std::vector<Sector>>& versions) {
-                const auto it = versions.find(number);
-                return it != versions.end() &&
-                       std::any_of(it->second.begin(), it->second.end(), [&](const Sector& s) {
-                           return std::memcmp(s.data(), actual_.data() + done, step) == 0;
-                       });
-            };
-            if (volume == nullptr ||
-                !(is_one_of(uncertain) || (after_crash && is_one_of(volume->older)))) {
-                ADD_FAILURE() << source << " differs in sector " << number;
-                return;
-            }
-            volume->older[number].push_back(volume->content.sector(number));
-            volume->content.write(offset + done, Bytes(actual_).subspan(done, step));
-        }
+    void check_content(const std::string& name) {
+        check_.content(name, shadow_[name].content, device(name), &shadow_[name], false);
     }
 
     void check_everything(bool after_crash = false) {
         for (const std::string& warning : pool_->warnings()) {
             log("  warning: " + warning);
         }
-        size_t images = 0;
-        size_t volumes = 0;
-        for (auto& [name, volume] : shadow_) {
-            const auto info = pool_->find(name);
-            if (!info) {
-                ADD_FAILURE() << info.error().message();
-                return;
-            }
-            ++(volume.is_image ? images : volumes);
-            EXPECT_EQ(info->size_bytes, volume.content.size_bytes()) << name;
-            EXPECT_EQ(info->parent, volume.parent) << name;
-            EXPECT_EQ(info->parent_removed, volume.parent_removed) << name;
-            EXPECT_EQ(info->snapshots, volume.snapshots.size()) << name;
-            const auto device = must(pool_->attach(name, {.read_only = true}));
-            check_content(name, *device, &volume, after_crash);
-            for (const auto& [snapshot, content] : volume.snapshots) {
-                const std::string source = name + "@" + snapshot;
-                const auto reader = must(pool_->attach(source, {.read_only = true}));
-                check_content(source, *reader, nullptr, false);
-            }
-        }
-        EXPECT_EQ(pool_->images().size(), images);
-        EXPECT_EQ(pool_->volumes().size(), volumes);
+        check_.everything(*pool_, shadow_, after_crash);
     }
 
     void heal() {
@@ -297,27 +219,6 @@ class Program {
             log("space is there again");
             pool_.machine().files().set_space_limit(uint64_t{1} << 44);
             tight_ = false;
-        }
-    }
-
-    /// A parent was renamed or removed: its descendants show it.
-    static void parent_renamed(Shadow& shadow, const std::string& from, const std::string& to) {
-        for (auto& [name, volume] : shadow) {
-            if (volume.parent_removed) {
-                continue;
-            }
-            if (volume.parent == from) {
-                volume.parent = to;
-            } else if (volume.parent.starts_with(from + "@")) {
-                volume.parent = to + volume.parent.substr(from.size());
-            }
-        }
-    }
-    static void parent_removed(Shadow& shadow, const std::string& source) {
-        for (auto& [name, volume] : shadow) {
-            volume.parent_removed =
-                volume.parent_removed || volume.parent == source ||
-                (volume.parent.starts_with(source + "@") && source.find('@') == std::string::npos);
         }
     }
 
@@ -389,7 +290,7 @@ class Program {
         } else if (!failed()) {
             // Part of it may have found room.
             shadow_[*name].may_have_written(range->first, data);
-            check_content(*name, device(*name), &shadow_[*name], false);
+            check_content(*name);
         }
     }
 
@@ -441,7 +342,7 @@ class Program {
             shadow_[*name].zero(range->first, range->second);
         } else if (!failed()) {
             shadow_[*name].may_have_written(range->first, std::vector<std::byte>(range->second));
-            check_content(*name, device(*name), &shadow_[*name], false);
+            check_content(*name);
         }
     }
 
@@ -497,6 +398,7 @@ class Program {
                                          .parent = {},
                                          .parent_removed = false,
                                          .is_image = true,
+                                         .attachment = {},
                                          .snapshots = {},
                                          .older = {},
                                          .uncertain = {}};
@@ -875,158 +777,49 @@ class Program {
         tight_ = true;
     }
 
-    /// An operation that the machine stops in the middle of.
-    struct Cut {
-        std::string what;
-        std::function<Result<void>()> run;
-        /// What the operation makes of a shadow. It happens wholly or not at all.
-        std::function<void(Shadow&)> effect;
-        /// After a restart, when nobody was told: whether it has happened.
-        std::function<bool()> has_happened;
-        /// It brings what was dirty in the volume into the log, too.
-        bool flushes = false;
-    };
-
-    Result<void> import_all(const std::string& name, Bytes content) {
-        STELLARIUM_ASSIGN(const auto import, pool_->begin_import(name));
-        STELLARIUM_TRY(import->append(0, content));
-        STELLARIUM_TRY(import->finish(content.size()));
-        return {};
+    PoolCommand choose_cut(const std::string& name) {
+        const std::string fresh = fresh_name();
+        const bool has_room = shadow_.size() < kMaxThings;
+        switch (below(10)) {
+            case 0:
+                return checkpoint_command();
+            case 1:
+                return has_room ? clone_command(name, {fresh}) : checkpoint_command();
+            case 2:
+                return shadow_[name].snapshots.empty() ? snapshot_command(name, fresh)
+                                                       : cut_rollback(name);
+            case 3:
+                return rename_command(name, fresh);
+            case 4:
+                if (shadow_.size() < 3) {
+                    return snapshot_command(name, fresh);
+                }
+                release(name);
+                return remove_command(name);
+            case 5:
+                return has_room ? import_command(fresh, random_data(1 + below(700'000)))
+                                : checkpoint_command();
+            case 6:
+                return cut_resize(name);
+            case 7:
+                return snapshot_command(name, fresh);
+            default:
+                return collect_command();
+        }
     }
 
-    Cut cut_collection() {
-        return {.what = "collect garbage",
-                .run = [this]() -> Result<void> {
-                    STELLARIUM_TRY(pool_->gc({}));
-                    return {};
-                },
-                .effect = [](Shadow&) {},
-                .has_happened = [] { return false; }};
-    }
-    Cut cut_clone(const std::string& name, const std::string& fresh) {
-        return {.what = "clone",
-                .run = [=, this] { return pool_->clone(name, {fresh}); },
-                .effect =
-                    [=](Shadow& shadow) {
-                        shadow[fresh].content = shadow[name].content;
-                        shadow[fresh].parent = name;
-                    },
-                .has_happened = [=, this] { return pool_->find(fresh).has_value(); },
-                .flushes = true};
-    }
-    Cut cut_snapshot(const std::string& name, const std::string& fresh) {
-        return {
-            .what = "snapshot",
-            .run = [=, this]() -> Result<void> {
-                STELLARIUM_TRY(pool_->create_snapshot(name, fresh));
-                return {};
-            },
-            .effect = [=](Shadow& shadow) { shadow[name].snapshots[fresh] = shadow[name].content; },
-            .has_happened = [=, this] { return pool_->find(name + "@" + fresh).has_value(); },
-            .flushes = true};
-    }
-    Cut cut_rename(const std::string& name, const std::string& fresh) {
-        return {.what = "rename",
-                .run = [=, this] { return pool_->rename(name, fresh); },
-                .effect =
-                    [=](Shadow& shadow) {
-                        auto node = shadow.extract(name);
-                        node.key() = fresh;
-                        shadow.insert(std::move(node));
-                        parent_renamed(shadow, name, fresh);
-                    },
-                .has_happened = [=, this] { return pool_->find(fresh).has_value(); }};
-    }
-    Cut cut_remove(const std::string& name) {
-        release(name);
-        return {.what = "remove",
-                .run = [=, this] { return pool_->remove({name}); },
-                .effect =
-                    [=](Shadow& shadow) {
-                        shadow.erase(name);
-                        parent_removed(shadow, name);
-                    },
-                .has_happened = [=, this] { return !pool_->find(name).has_value(); }};
-    }
-    Cut cut_resize(const std::string& name) {
+    PoolCommand cut_resize(const std::string& name) {
         const uint64_t old_size = shadow_[name].content.size_bytes();
         const uint64_t size = random_size();
         if (size < old_size) {
             release(name);
         }
-        return {.what = fmt::format("resize to {}", size),
-                .run = [=, this]() -> Result<void> {
-                    STELLARIUM_TRY(pool_->resize(name, size));
-                    return {};
-                },
-                .effect = [=](Shadow& shadow) { shadow[name].content.resize(size); },
-                .has_happened =
-                    [=, this] {
-                        return size != old_size && must(pool_->find(name)).size_bytes == size;
-                    },
-                .flushes = size < old_size};
+        return resize_command(name, old_size, size);
     }
-    Cut cut_rollback(const std::string& name) {
+    PoolCommand cut_rollback(const std::string& name) {
         release(name);
         const auto snapshot = shadow_[name].snapshots.begin();
-        return {.what = "rollback to " + snapshot->first,
-                .run = [this, name, to = snapshot->first] { return pool_->rollback(name, to); },
-                .effect = [name, content = snapshot->second](
-                              Shadow& shadow) { shadow[name].content = content; },
-                .has_happened =
-                    [this, name, content = snapshot->second] {
-                        // Not through a reader, which would need room for what is dirty.
-                        const auto reader = must(pool_->attach(name, {.read_only = true}));
-                        const auto actual = testing::read(*reader, 0, reader->size_bytes());
-                        return actual == content.read(0, content.size_bytes());
-                    },
-                .flushes = true};
-    }
-    Cut cut_import(const std::string& fresh) {
-        const auto data =
-            std::make_shared<const std::vector<std::byte>>(random_data(1 + below(700'000)));
-        return {.what = fmt::format("import {} bytes", data->size()),
-                .run = [=, this] { return import_all(fresh, *data); },
-                .effect =
-                    [=](Shadow& shadow) {
-                        ShadowVolume& image = shadow[fresh];
-                        image.is_image = true;
-                        image.content.resize(data->size());
-                        image.content.write(0, *data);
-                    },
-                .has_happened = [=, this] { return pool_->find(fresh).has_value(); }};
-    }
-    Cut cut_checkpoint() {
-        return {.what = "checkpoint",
-                .run = [this] { return pool_->checkpoint(); },
-                .effect = [](Shadow&) {},
-                .has_happened = [] { return false; }};
-    }
-
-    Cut choose_cut(const std::string& name) {
-        const std::string fresh = fresh_name();
-        const bool has_room = shadow_.size() < kMaxThings;
-        switch (below(10)) {
-            case 0:
-                return cut_checkpoint();
-            case 1:
-                return has_room ? cut_clone(name, fresh) : cut_checkpoint();
-            case 2:
-                return shadow_[name].snapshots.empty() ? cut_snapshot(name, fresh)
-                                                       : cut_rollback(name);
-            case 3:
-                return cut_rename(name, fresh);
-            case 4:
-                return shadow_.size() < 3 ? cut_snapshot(name, fresh) : cut_remove(name);
-            case 5:
-                return has_room ? cut_import(fresh) : cut_checkpoint();
-            case 6:
-                return cut_resize(name);
-            case 7:
-                return cut_snapshot(name, fresh);
-            default:
-                return cut_collection();
-        }
+        return rollback_command(name, snapshot->first, snapshot->second);
     }
 
     /// Stops the machine at some write of the next operation, which then happened or did not; also
@@ -1044,7 +837,7 @@ class Program {
                 shadow_[*name].write(range->first, data);
             } else if (!failed()) {
                 shadow_[*name].may_have_written(range->first, data);
-                check_content(*name, device(*name), &shadow_[*name], false);
+                check_content(*name);
             }
         }
         const bool power = chance(50);
@@ -1076,17 +869,13 @@ class Program {
     }
 
     void cut_off_command(const std::string& name, bool power) {
-        const Cut cut = choose_cut(name);
-        halt_soon(cut.what == "collect garbage" ? 60 : 12, cut.what + " of " + name, power);
-        const bool done = cut.run().has_value();
+        const PoolCommand cut = choose_cut(name);
+        halt_soon(cut.what == "collect garbage" ? 60 : 12, cut.what, power);
+        const bool done = cut.run(*pool_).has_value();
         die(power);
-        if (done || cut.has_happened()) {
+        if (done || cut.has_happened(*pool_)) {
             log(done ? "  it was done" : "  it had happened");
-            cut.effect(shadow_);
-            // The record follows what was dirty in the log.
-            if (cut.flushes && shadow_.contains(name)) {
-                shadow_[name].flushed();
-            }
+            cut.apply(shadow_);
         }
     }
 
@@ -1116,8 +905,6 @@ class Program {
         die(power);
     }
 
-    static constexpr size_t kPieceBytes = kMiB;
-
     std::mt19937_64 random_;
     TestPool pool_;
     const bool keeps_arena_;
@@ -1127,8 +914,7 @@ class Program {
     std::optional<Importing> importing_;
     std::vector<std::string> history_;
     uint64_t next_name_ = 0;
-    std::vector<std::byte> actual_ = std::vector<std::byte>(kPieceBytes);
-    std::vector<std::byte> expected_ = std::vector<std::byte>(kPieceBytes);
+    PoolCheck check_;
     bool tight_ = false;
 };
 

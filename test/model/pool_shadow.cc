@@ -89,7 +89,11 @@ std::set<uint64_t> Content::differing_pages(const Content& a, const Content& b) 
 void ShadowVolume::remember(uint64_t offset_bytes, uint64_t length_bytes) {
     for (uint64_t sector = offset_bytes / kSectorBytes;
          sector < (offset_bytes + length_bytes) / kSectorBytes; ++sector) {
-        older[sector].push_back(content.sector(sector));
+        auto& versions = older[sector];
+        versions.push_back(content.sector(sector));
+        if (auto unsettled = uncertain.extract(sector)) {
+            versions.insert(versions.end(), unsettled.mapped().begin(), unsettled.mapped().end());
+        }
     }
 }
 
@@ -99,8 +103,12 @@ void ShadowVolume::write(uint64_t offset_bytes, Bytes data) {
 }
 
 void ShadowVolume::zero(uint64_t offset_bytes, uint64_t length_bytes) {
-    // Only what holds something can be something else after a crash.
-    for (const uint64_t page : content.data_pages()) {
+    // Only what holds something, or may, can be something else after a crash.
+    std::set<uint64_t> pages = content.data_pages();
+    for (const auto& [sector, versions] : uncertain) {
+        pages.insert(sector * kSectorBytes / kPageBytes);
+    }
+    for (const uint64_t page : pages) {
         const uint64_t start = std::max(offset_bytes, page * kPageBytes);
         const uint64_t stop = std::min(offset_bytes + length_bytes, (page + 1) * kPageBytes);
         if (start < stop) {
@@ -115,6 +123,27 @@ void ShadowVolume::may_have_written(uint64_t offset_bytes, Bytes data) {
         Sector sector{};
         std::memcpy(sector.data(), data.data() + done, sector.size());
         uncertain[(offset_bytes + done) / kSectorBytes].push_back(sector);
+    }
+}
+
+void parent_renamed(Shadow& shadow, const std::string& from, const std::string& to) {
+    for (auto& [name, volume] : shadow) {
+        if (volume.parent_removed) {
+            continue;
+        }
+        if (volume.parent == from) {
+            volume.parent = to;
+        } else if (volume.parent.starts_with(from + "@")) {
+            volume.parent = to + volume.parent.substr(from.size());
+        }
+    }
+}
+
+void parent_removed(Shadow& shadow, const std::string& source) {
+    for (auto& [name, volume] : shadow) {
+        volume.parent_removed =
+            volume.parent_removed || volume.parent == source ||
+            (volume.parent.starts_with(source + "@") && source.find('@') == std::string::npos);
     }
 }
 

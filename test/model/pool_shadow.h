@@ -57,11 +57,13 @@ struct ShadowVolume {
     std::string parent;  ///< As it must be shown.
     bool parent_removed = false;
     bool is_image = false;
+    std::string attachment;  ///< Label of the attachment on record; empty: none.
     std::map<std::string, Content> snapshots;
     /// Older versions of sectors that were overwritten since the last flush: after power loss, a
     /// sector may be any of them.
     std::map<uint64_t, std::vector<Sector>> older;
-    /// Versions that a sector may have instead, because an operation failed in the middle.
+    /// Versions that a sector may have instead, because an operation failed in the middle. Writing
+    /// over it settles it.
     std::map<uint64_t, std::vector<Sector>> uncertain;
 
     void write(uint64_t offset_bytes, Bytes data);
@@ -76,5 +78,10 @@ struct ShadowVolume {
 
 /// All images and volumes by name.
 using Shadow = std::map<std::string, ShadowVolume>;
+
+/// `source` is an image, a volume or "VOLUME@SNAPSHOT": whatever was made of it shows the new name,
+/// or that it is gone.
+void parent_renamed(Shadow& shadow, const std::string& from, const std::string& to);
+void parent_removed(Shadow& shadow, const std::string& source);
 
 }  // namespace stellarium::nova::model

@@ -52,6 +52,9 @@ class TestPool {
         must(Pool::create(machine_.env(), kDirectory, options_));
         open();
     }
+    /// A machine that continues from a copy of another; no pool is open yet.
+    TestPool(std::unique_ptr<io::SimulatedFileSystem> files, uint64_t seed, PoolOptions options)
+        : machine_(std::move(files), seed), options_(std::move(options)) {}
 
     /// No threads, small segments: everything happens in calls.
     static PoolOptions small_options() {
@@ -68,7 +71,14 @@ class TestPool {
     io::SimulatedMachine& machine() { return machine_; }
     PoolOptions& options() { return options_; }
 
-    void open() { pool_ = must(Pool::open(machine_.process_env(), kDirectory, options_)); }
+    void open() { must(try_open()); }
+    Result<void> try_open() {
+        STELLARIUM_ASSIGN(pool_, Pool::open(machine_.process_env(), kDirectory, options_));
+        return {};
+    }
+    bool is_open() const { return pool_ != nullptr; }
+    /// Forgets the pool as it is, without a word to it.
+    void drop() { pool_.reset(); }
     void close() {
         must(pool_->close());
         pool_.reset();
