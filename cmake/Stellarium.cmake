@@ -9,7 +9,9 @@ find_package(fmt REQUIRED)
 add_library(stellarium_options INTERFACE)
 target_compile_options(stellarium_options INTERFACE
   $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wnon-virtual-dtor
-    -Wold-style-cast -Wcast-align -Woverloaded-virtual -Werror>)
+    -Wold-style-cast -Wcast-align -Woverloaded-virtual>
+  # Warnings are GCC's business; clang, which only builds the fuzz targets, has others.
+  $<$<COMPILE_LANG_AND_ID:CXX,GNU>:-Werror> $<$<COMPILE_LANG_AND_ID:CXX,Clang>:-w>)
 target_compile_definitions(stellarium_options INTERFACE _FILE_OFFSET_BITS=64 _GNU_SOURCE)
 target_include_directories(stellarium_options INTERFACE ${CMAKE_SOURCE_DIR}/src)
 if(STELLARIUM_SANITIZE)
@@ -18,6 +20,13 @@ if(STELLARIUM_SANITIZE)
                       # GCC 12 warns of its own <regex> when it is instrumented.
                       -Wno-maybe-uninitialized)
   add_link_options(-fsanitize=${STELLARIUM_SANITIZE})
+endif()
+
+if(STELLARIUM_FUZZ)
+  # Everything that a target reaches is instrumented, or libFuzzer is blind in it.
+  add_compile_options(-fsanitize=fuzzer-no-link,address,undefined -fno-omit-frame-pointer
+                      -fno-sanitize-recover=all)
+  add_link_options(-fsanitize=address,undefined)
 endif()
 
 # stellarium_component(NAME <folder below src, '/' allowed>
@@ -64,4 +73,39 @@ function(stellarium_test)
     set(ARG_LABELS unit)
   endif()
   set_tests_properties(${ARG_NAME} PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS "${ARG_LABELS}")
+endfunction()
+
+# stellarium_add_fuzz_target(NAME nebula_format SOURCES nebula_format_fuzz.cc DEPS nebula base
+#                            RUNS 20000 [LIBS ...] [TIMEOUT s])
+# One function LLVMFuzzerTestOneInput, linked twice: with libFuzzer where STELLARIUM_FUZZ is on (the
+# executable NAME_fuzz), and else with a driver of ours as the test fuzz_NAME, which runs the inputs
+# kept in test/fuzz/corpus/NAME_fuzz and RUNS mutations of them.
+function(stellarium_add_fuzz_target)
+  cmake_parse_arguments(ARG "" "NAME;RUNS;TIMEOUT" "SOURCES;DEPS;LIBS" ${ARGN})
+  if(STELLARIUM_FUZZ)
+    set(executable ${ARG_NAME}_fuzz)
+    add_executable(${executable} ${ARG_SOURCES})
+    target_link_options(${executable} PRIVATE -fsanitize=fuzzer)
+  elseif(STELLARIUM_TESTS)
+    set(executable ${ARG_NAME}_fuzz_replay)
+    add_executable(${executable} ${ARG_SOURCES})
+    target_link_libraries(${executable} PRIVATE fuzz_replay)
+    add_test(NAME fuzz_${ARG_NAME}
+             COMMAND ${executable} ${CMAKE_SOURCE_DIR}/test/fuzz/corpus/${ARG_NAME}_fuzz ${ARG_RUNS})
+    if(NOT ARG_TIMEOUT)
+      set(ARG_TIMEOUT 120)
+    endif()
+    if(STELLARIUM_SANITIZE)
+      math(EXPR ARG_TIMEOUT "${ARG_TIMEOUT} * 5")
+    endif()
+    set_tests_properties(fuzz_${ARG_NAME} PROPERTIES TIMEOUT ${ARG_TIMEOUT} LABELS fuzz)
+  else()
+    return()
+  endif()
+  target_include_directories(${executable} PRIVATE ${CMAKE_SOURCE_DIR})
+  foreach(dep ${ARG_DEPS})
+    string(REPLACE "/" "_" dep_target "stellarium_${dep}")
+    target_link_libraries(${executable} PRIVATE ${dep_target})
+  endforeach()
+  target_link_libraries(${executable} PRIVATE ${ARG_LIBS})
 endfunction()

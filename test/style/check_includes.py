@@ -13,7 +13,8 @@ DEPS, of itself, and nothing else of ours. What this finds:
   * an include of a .cc file (a test that reaches into an implementation);
   * a source file that no target compiles, or a target that names a missing one.
 
-A test may also include what its stellarium_test() call names in DEPS.
+A test may also include what its stellarium_test() call names in DEPS, and a fuzz target what its
+stellarium_add_fuzz_target() call does.
 """
 import re
 import sys
@@ -21,12 +22,13 @@ import tempfile
 from pathlib import Path
 
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
-KEYWORDS = {"NAME", "SOURCES", "DEPS", "LIBS", "LABELS", "TIMEOUT"}
+KEYWORDS = {"NAME", "SOURCES", "DEPS", "LIBS", "LABELS", "TIMEOUT", "RUNS"}
+TESTS = ("stellarium_test", "stellarium_add_fuzz_target")
 SOURCE_SUFFIXES = {".cc", ".cpp", ".c", ".h", ".hpp"}
 
 
 class Target:
-    """One stellarium_component() or stellarium_test() call."""
+    """One stellarium_component(), stellarium_test() or stellarium_add_fuzz_target() call."""
 
     def __init__(self, kind, arguments, list_file):
         self.kind = kind
@@ -77,8 +79,9 @@ def check(root):
         for arguments in cmake_calls(text, "stellarium_component"):
             target = Target("component", arguments, list_file)
             components[target.name] = target
-        for arguments in cmake_calls(text, "stellarium_test"):
-            tests.append(Target("test", arguments, list_file))
+        for function in TESTS:
+            for arguments in cmake_calls(text, function):
+                tests.append(Target("test", arguments, list_file))
 
     # Layering: folders in link order; a component is as high as the folder that declares it.
     order = link_order(src)
@@ -197,6 +200,10 @@ def self_test():
          "low_test.cc:1: includes low/low.cc, an implementation file"),
         ("a test that reaches past its DEPS", {"src/low/low_test.cc": '#include "mid/mid.h"\n'},
          "low_test.cc:1: includes mid/mid.h, but low does not name mid"),
+        ("a fuzz target that reaches past its DEPS",
+         {"test/CMakeLists.txt": "stellarium_add_fuzz_target(NAME f SOURCES f.cc DEPS low RUNS 5)\n",
+          "test/f.cc": '#include "mid/mid.h"\n'},
+         "f.cc:1: includes mid/mid.h, but test/f.cc does not name mid"),
         ("an include beside the file", {"src/mid/mid.cc": '#include "mid.h"\n'},
          'mid.cc:1: includes "mid.h", which is not a file below src/'),
         ("an include of nothing", {"src/mid/mid.cc": '#include "mid/gone.h"\n'},
