@@ -135,9 +135,9 @@ bool is_zero_page(Bytes page) {
     return is_zero(tail_of(page.data())) && all_zero(page);
 }
 
-void split_runs(Bytes pages, uint64_t first_page, std::vector<PageRun>& out) {
+void split_runs(Bytes pages, uint64_t first_page, std::vector<ContentRun>& out) {
     assert(pages.size() % kPageBytes == 0);
-    PageRun run;
+    ContentRun run;
     for (size_t at = 0; at < pages.size(); at += kPageBytes) {
         const bool zero = is_zero_page(pages.subspan(at, kPageBytes));
         if (run.pages == 0 || zero != run.zero) {

@@ -59,11 +59,12 @@ struct Cut {
 };
 
 /// Pages [first_page, first_page + pages) of a volume, all zero or none of them zero.
-struct PageRun {
+/// (A PageRun is pages of a segment.)
+struct ContentRun {
     uint64_t first_page = 0;
     uint64_t pages = 0;
     bool zero = false;
-    friend bool operator==(const PageRun&, const PageRun&) = default;
+    friend bool operator==(const ContentRun&, const ContentRun&) = default;
 };
 
 /// True when a chunk that contains this page ends with it. `page` is exactly kPageBytes long.
@@ -74,7 +75,7 @@ bool is_zero_page(Bytes page);
 
 /// Appends the maximal runs of zero and of non-zero pages. `pages` is a whole number of pages, the
 /// first of which is page `first_page` of the volume.
-void split_runs(Bytes pages, uint64_t first_page, std::vector<PageRun>& out);
+void split_runs(Bytes pages, uint64_t first_page, std::vector<ContentRun>& out);
 
 /// Appends the cuts of one run of non-zero pages that starts at page `first_page` of the volume.
 /// They cover the run without gaps; the run's end is a cut.

@@ -267,11 +267,11 @@ TEST(Chunker, OneSetBitAnywhereMakesAPageNonZero) {
 TEST(Chunker, EmptyAndAllZeroGiveNoChunks) {
     EXPECT_TRUE(cut({}).empty());
     EXPECT_TRUE(cut(Buffer(100 * kPageBytes)).empty());
-    std::vector<PageRun> runs;
+    std::vector<ContentRun> runs;
     split_runs({}, 7, runs);
     EXPECT_TRUE(runs.empty());
     split_runs(Buffer(100 * kPageBytes), 7, runs);
-    EXPECT_EQ(runs, (std::vector<PageRun>{{7, 100, true}}));
+    EXPECT_EQ(runs, (std::vector<ContentRun>{{7, 100, true}}));
 }
 
 TEST(Chunker, SixteenPagesAreOneChunkAndSeventeenAreTwo) {
@@ -356,11 +356,11 @@ TEST(Chunker, ChunksCoverExactlyTheNonZeroPagesAndKeepTheRules) {
 
 TEST(Chunker, RunsThenCutsEqualsOnePass) {
     const Buffer data = mixed_pages(2500, 12);
-    std::vector<PageRun> runs;
+    std::vector<ContentRun> runs;
     split_runs(data, 100, runs);
     std::vector<Cut> cuts;
     uint64_t next = 100;
-    for (const PageRun& run : runs) {
+    for (const ContentRun& run : runs) {
         EXPECT_EQ(run.first_page, next);
         EXPECT_GT(run.pages, 0U);
         next += run.pages;
