@@ -8,6 +8,8 @@
   * Each public header opens with its contract: the first line is a comment, before any code.
   * No line names a path that exists only on somebody's machine.
   * docs/internals/ names only functions and files that are there.
+  * No two headers define a type of the same name in the same namespace: of what a template makes of
+    the two, the linker keeps one (a collection moved 8-byte runs as if they had 24).
 """
 import re
 import sys
@@ -23,6 +25,8 @@ SKIPPED_FOLDERS = {".git", "build", ".cache", "golden", "corpus"}
 FUNCTION = re.compile(r"`(?:[\w:]*::)?(\w+)(?:\([^`)]*\))?`")
 QUALIFIED = re.compile(r"`[\w:]*::\w+(?:\([^`)]*\))?`|`\w+\([^`)]*\)`")
 FILE = re.compile(r"`((?:[\w-]+/)*[\w-]+\.(?:cc|h))`")
+NAMESPACE = re.compile(r"^namespace (stellarium[\w:]*) \{", re.M)
+TYPE = re.compile(r"^(?:struct|class|enum class) (\w+)\b(?!::)[^;:{]*(?::[^;{]*)?\{", re.M)
 TEXT_SUFFIXES = {".cc", ".h", ".c", ".py", ".sh", ".md", ".txt", ".cmake", ".json", ".yaml", ".yml",
                  ".in", ".service", ".conf", ""}
 
@@ -52,9 +56,22 @@ def stale_names(root):
                     yield f"{where}: names {match.group()}, which is not there"
 
 
+def types_defined_twice(root):
+    """Types that two headers define under one name."""
+    homes = {}
+    for path in sorted((root / "src").rglob("*.h")):
+        text = path.read_text()
+        namespace = NAMESPACE.search(text)
+        for name in TYPE.findall(text) if namespace else ():
+            first = homes.setdefault((namespace[1], name), path)
+            if first != path:
+                yield (f"{path.relative_to(root)}: defines {namespace[1]}::{name}, as "
+                       f"{first.relative_to(root)} does")
+
+
 def check(root):
     root = Path(root).resolve()
-    problems = list(stale_names(root))
+    problems = list(stale_names(root)) + list(types_defined_twice(root))
     for list_file in sorted((root / "src").rglob("CMakeLists.txt")):
         if list_file.parent != root / "src" and not (list_file.parent / "README.md").exists():
             problems.append(f"{list_file.parent.relative_to(root)}: has no README.md")
@@ -90,6 +107,14 @@ def self_test():
          "docs/internals/a.md:2: names `A::gone`"),
         ("a call that is gone", {"docs/internals/a.md": "`gone(kNow)`\n"}, "a.md:1: names `gone(kNow)`"),
         ("a file that is gone", {"docs/internals/a.md": "See `a/b.h`.\n"}, "a.md:1: names `a/b.h`"),
+        ("a type of two headers",
+         {"src/a/x.h": "// X.\nnamespace stellarium::a {\nstruct Run {\n};\n}\n",
+          "src/a/y.h": "// Y.\nnamespace stellarium::a {\nclass Run final : public X {\n};\n}\n"},
+         "src/a/y.h: defines stellarium::a::Run, as src/a/x.h does"),
+        ("types of two namespaces, and one that is declared",
+         {"src/a/x.h": "// X.\nnamespace stellarium::a {\nstruct Run {\n};\n}\n",
+          "src/a/y.h": "// Y.\nnamespace stellarium::b {\nstruct Run {\n};\n}\n",
+          "src/a/z.h": "// Z.\nnamespace stellarium::a {\nstruct Run;\n}\n"}, ""),
         ("a variable's path", {"docs/x.md": "cd $HOME" + private + " ~" + private + "\n"}, ""),
     ]
     wrong = 0
