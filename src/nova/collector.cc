@@ -12,83 +12,13 @@
 #include <fmt/format.h>
 
 #include "nova/codec.h"
-#include "nova/delta_node.h"
 #include "nova/limits.h"
-#include "nova/node_io.h"
+#include "nova/node_walk.h"
 
 namespace stellarium::nova {
 namespace {
 
 using nebula::Collection;
-
-/// A stored node on the way down; `leaf` is the first one that it covers.
-struct Visit {
-    NodeRef ref;
-    uint32_t level = 0;
-    bool in_delta = false;
-    uint64_t leaf = 0;
-};
-
-/// What a stored node refers to: nodes, or chunks.
-struct Node {
-    std::vector<Visit> children;
-    ExtentTable table;
-    /// Leaves that the table's extents are over, in their order: number and count of extents.
-    std::vector<std::pair<uint64_t, uint32_t>> leaves;
-};
-
-/// `children` or `chunks` of the node at `at`, which `object` holds.
-Result<Node> decode_node(const Visit& at, const nebula::ObjectBytes& object) {
-    Node node;
-    const Bytes content(object.content);
-    const Bytes aux(object.aux);
-    const auto add_child = [&](uint64_t& present, const NodeRef& ref) {
-        const auto index = static_cast<uint64_t>(std::countr_zero(present));
-        present &= present - 1;
-        node.children.push_back({.ref = ref,
-                                 .level = at.level - 1,
-                                 .in_delta = at.in_delta,
-                                 .leaf = at.leaf + (index << child_shift(at.level))});
-    };
-    if (at.level == 0) {
-        STELLARIUM_ASSIGN(node.table, at.in_delta ? decode_delta_leaf(content, aux)
-                                                  : decode_tree_leaf(content, aux));
-        node.leaves.emplace_back(at.leaf, static_cast<uint32_t>(node.table.extents.size()));
-    } else if (!at.in_delta) {
-        STELLARIUM_ASSIGN(TreeChildren inner, decode_tree_inner(content, aux, at.level));
-        for (const NodeRef& child : inner.children) {
-            add_child(inner.present, child);
-        }
-    } else if (node_magic(content) == NodeMagic::kDeltaBucket) {
-        STELLARIUM_ASSIGN(BucketTable bucket, decode_delta_bucket(content, aux, at.level));
-        node.table = std::move(bucket.table);
-        for (const auto& [leaf, count] : bucket.leaves) {
-            node.leaves.emplace_back(at.leaf + leaf, count);
-        }
-    } else {
-        STELLARIUM_ASSIGN(DeltaChildren inner, decode_delta_inner(content, aux, at.level));
-        for (const DeltaChildRef& child : inner.children) {
-            add_child(inner.present, child.ref);
-        }
-    }
-    return node;
-}
-
-Result<Node> read_and_decode(nebula::Store& store, const Visit& at) {
-    STELLARIUM_ASSIGN(const nebula::ObjectBytes object, read_node(store, at.ref));
-    auto node = decode_node(at, object);
-    if (!node) {
-        return std::unexpected(node.error().with_context(
-            fmt::format("{} node {}", at.in_delta ? "delta" : "tree", at.ref.id.hex())));
-    }
-    return node;
-}
-
-/// Pushes children so that the first one is visited first.
-void push_children(std::vector<Visit>& stack, Node& node) {
-    stack.insert(stack.end(), std::make_move_iterator(node.children.rbegin()),
-                 std::make_move_iterator(node.children.rend()));
-}
 
 /// The pages of each chunk of the table that its extents use, bit i for page i.
 std::vector<uint16_t> used_pages(const ExtentTable& table) {
@@ -126,7 +56,7 @@ class Marker {
                 stack_.push_back({.ref = top, .level = kTreeLevels, .in_delta = in_delta});
             }
             while (!stack_.empty()) {
-                const Visit at = stack_.back();
+                const NodeVisit at = stack_.back();
                 stack_.pop_back();
                 STELLARIUM_TRY(visit(at, new_pages));
             }
@@ -135,13 +65,13 @@ class Marker {
     }
 
   private:
-    Result<void> visit(const Visit& at, uint64_t& new_pages) {
+    Result<void> visit(const NodeVisit& at, uint64_t& new_pages) {
         STELLARIUM_ASSIGN(const Collection::Mark mark,
                           collection_.mark_object(at.ref.id, at.ref.hint));
         if (mark == Collection::Mark::kAgain) {
             return {};
         }
-        STELLARIUM_ASSIGN(Node node, read_and_decode(store_, at));
+        STELLARIUM_ASSIGN(NodeContent node, read_and_decode(store_, at));
         const std::vector<uint16_t> masks = used_pages(node.table);
         for (size_t i = 0; i < masks.size(); ++i) {
             STELLARIUM_ASSIGN(
@@ -174,7 +104,7 @@ class Marker {
     const GcOptions& options_;
     GcProgress progress_;
     uint64_t report_at_ = 0;
-    std::vector<Visit> stack_;
+    std::vector<NodeVisit> stack_;
 };
 
 /// "the tree of volume 'a'", for errors.
@@ -245,7 +175,7 @@ Result<void> Collector::make_plan(const GcOptions& options, const Published& pub
             continue;
         }
         std::map<uint64_t, Candidate> candidates;
-        std::vector<Visit> stack;
+        std::vector<NodeVisit> stack;
         if (!item.state.root.empty()) {
             stack.push_back({.ref = item.state.root, .level = kTreeLevels});
         }
@@ -257,13 +187,13 @@ Result<void> Collector::make_plan(const GcOptions& options, const Published& pub
             if (options.cancelled && options.cancelled()) {
                 return fail(ErrorCode::kCancelled, "the garbage collection was cancelled");
             }
-            const Visit at = stack.back();
+            const NodeVisit at = stack.back();
             stack.pop_back();
             STELLARIUM_ASSIGN(const bool shared, collection.is_shared(at.ref.id, at.ref.hint));
             if (shared) {
                 continue;
             }
-            STELLARIUM_ASSIGN(Node node, read_and_decode(store_, at));
+            STELLARIUM_ASSIGN(NodeContent node, read_and_decode(store_, at));
             push_children(stack, node);
             if (node.leaves.empty()) {
                 continue;

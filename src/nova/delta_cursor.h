@@ -22,6 +22,8 @@ class DeltaCursor {
     explicit DeltaCursor(const Delta& delta);
 
     bool empty() const { return node_ == nullptr && entries_.empty(); }
+    /// The node that it stands for; null when there is none, or when it is part of a bucket.
+    const DeltaNode* node() const { return node_; }
     /// True when both surely hold the same. Looks at pointers, names and short lists only; false
     /// may also mean "not known without reading".
     bool surely_equals(const DeltaCursor& other) const;

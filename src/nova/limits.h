@@ -77,6 +77,13 @@ static_assert(kRewriteBatchLeaves <= kMaxFoldLeavesPerRecord);
 /// Garbage of more than one part in so many of the store is collected by the run that made it.
 inline constexpr uint64_t kSecondCollectionShare = 32;
 
+// Damage.
+/// Nodes below which nothing is damaged, remembered while users of damaged chunks are looked for:
+/// leaves, and as many others; 16 to 40 MiB each.
+inline constexpr uint64_t kMaxRememberedNodes = uint64_t{1} << 20;
+/// Damaged ranges of one volume that are looked for.
+inline constexpr uint64_t kMaxBadRanges = 65'536;
+
 // Reading.
 inline constexpr uint64_t kMaxReadRunBytes = uint64_t{2} << 20;  ///< One read of the store.
 /// How often one read looks up addresses that a garbage collection has made stale meanwhile. Each

@@ -16,6 +16,7 @@
 
 #include "nova/arena.h"
 #include "nova/catalog.h"
+#include "nova/chunk_users.h"
 #include "nova/collector.h"
 #include "nova/committer.h"
 #include "nova/device.h"
@@ -114,6 +115,10 @@ class PoolImpl final : public Pool, public DeviceOwner {
     Result<std::unique_ptr<Reader>> open_reader(std::string_view source) override;
     Result<void> diff(std::string_view a, std::string_view b,
                       const std::function<Result<void>(DiffRange)>& visit) override;
+
+    Result<void> chunk_users(std::span<const ChunkId> chunks,
+                             const std::function<Result<void>(const ChunkUser&)>& visit,
+                             const std::function<bool()>& cancelled) override;
 
     Result<std::shared_ptr<BlockDevice>> attach(std::string_view source,
                                                 const AttachOptions& options) override;
@@ -230,6 +235,8 @@ class PoolImpl final : public Pool, public DeviceOwner {
     absl::flat_hash_map<uint64_t, std::vector<OpenDevice>> devices_;
 
     std::mutex checkpoint_mutex_;  ///< One checkpoint at a time.
+    /// Of the newest checkpoint. Guarded by it.
+    std::vector<std::byte> published_payload_;
 
     std::thread maintenance_;
     std::mutex maintenance_mutex_;
@@ -352,6 +359,8 @@ std::unique_ptr<Committer> PoolImpl::make_committer(Arena& arena, bool backgroun
 }
 
 Result<void> PoolImpl::recover() {
+    const Bytes payload = store_->checkpoint_payload();
+    published_payload_.assign(payload.begin(), payload.end());
     if (auto loaded = catalog_.load(store_->checkpoint_payload()); !loaded) {
         const Error& error = loaded.error();
         if (error.code() == ErrorCode::kNotFound) {
@@ -1271,6 +1280,45 @@ Result<void> PoolImpl::diff(std::string_view a, std::string_view b,
                       });
 }
 
+Result<void> PoolImpl::chunk_users(std::span<const ChunkId> chunks,
+                                   const std::function<Result<void>(const ChunkUser&)>& visit,
+                                   const std::function<bool()>& cancelled) {
+    ChunkUserFinder finder(*store_, chunks);
+    ChunkUser list;
+    {
+        const std::lock_guard one(checkpoint_mutex_);
+        const auto looked = Catalog::for_each_piece(
+            *store_, published_payload_, [&](const NodeRef& piece) -> Result<void> {
+                if (finder.is_bad(piece.id)) {
+                    list.bad.ranges.push_back({.cause = piece.id});
+                }
+                return {};
+            });
+        // Which pieces lie below one that cannot be read, nobody knows.
+        list.bad.complete = looked.has_value();
+    }
+    if (!list.bad.ranges.empty()) {
+        STELLARIUM_TRY(visit(list));
+    }
+    std::vector<EntityPtr> entities = catalog_.all();
+    std::ranges::sort(entities, {}, [](const EntityPtr& entity) { return entity->id; });
+    for (const EntityPtr& entity : entities) {
+        const std::string name = catalog_.full_name(*entity);
+        const StateLease lease = leases_.take(fmt::format("a search for damage in '{}'", name),
+                                              [&] { return entity->state(); });
+        if (lease.state().damage) {
+            continue;
+        }
+        STELLARIUM_ASSIGN(BadRanges bad, finder.ranges_of(lease.state(), cancelled));
+        // What was removed before it was leased may have been collected, and is nobody's loss.
+        if (!bad.ranges.empty() && catalog_.find(entity->id)) {
+            STELLARIUM_TRY(visit(
+                {.kind = entity->kind, .id = entity->id, .name = name, .bad = std::move(bad)}));
+        }
+    }
+    return {};
+}
+
 // --- Attachments ---------------------------------------------------------------------------------
 
 Result<void> PoolImpl::set_attachment(std::string_view source,
@@ -1407,6 +1455,7 @@ Result<PoolImpl::Checkpoint> PoolImpl::make_checkpoint() {
     }
     STELLARIUM_ASSIGN(made.payload, Catalog::save(*store_, made.frozen));
     STELLARIUM_TRY(store_->checkpoint(sequence, made.payload));
+    published_payload_ = made.payload;
     return made;
 }
 

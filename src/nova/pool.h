@@ -23,6 +23,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -207,6 +208,29 @@ class Reader {
     virtual Result<void> read(uint64_t offset_bytes, MutableBytes into) = 0;
 };
 
+/// A part of an image, volume or snapshot that cannot be read.
+struct BadRange {
+    uint64_t offset_bytes = 0;
+    uint64_t length_bytes = 0;
+    /// The damaged chunk, or the damaged node of the tree or delta that would tell what lies there.
+    ChunkId cause;
+};
+struct BadRanges {
+    std::vector<BadRange> ranges;  ///< Ascending.
+    /// False: there are more (kMaxBadRanges), or newer writes hide parts of these.
+    bool complete = true;
+};
+
+/// What uses damaged chunks.
+struct ChunkUser {
+    /// nullopt: the list of all images, volumes and snapshots, as the last checkpoint wrote it; it
+    /// has no ranges but one of no length for each cause. The next checkpoint mends it.
+    std::optional<EntityKind> kind;
+    uint64_t id = 0;
+    std::string name;  ///< For a snapshot: "VOLUME@SNAPSHOT".
+    BadRanges bad;
+};
+
 struct AttachOptions {
     bool read_only = false;
     std::string label{};  ///< Who holds it, for messages: "vhost-user socket vm-1.sock".
@@ -264,6 +288,15 @@ class Pool {
     /// Ranges that differ, ascending, page-granular, clipped to the larger size.
     virtual Result<void> diff(std::string_view a, std::string_view b,
                               const std::function<Result<void>(DiffRange)>& visit) = 0;
+
+    /// Calls `visit` for each image, volume (its delta included) and snapshot that uses one of
+    /// `chunks`, and names the parts that it uses them for; in the order of their ids. Volumes are
+    /// looked at as they were last written to the log, without what is dirty; what is damaged as a
+    /// whole (EntityInfo::damage) is left out. `cancelled` is asked now and then. See
+    /// chunk_users.h.
+    virtual Result<void> chunk_users(std::span<const ChunkId> chunks,
+                                     const std::function<Result<void>(const ChunkUser&)>& visit,
+                                     const std::function<bool()>& cancelled) = 0;
 
     // Devices.
     /// Opens a volume, or with read_only also an image or snapshot. A second writable device is

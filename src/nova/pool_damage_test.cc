@@ -434,5 +434,147 @@ TEST(PoolDamage, ARottenBitIsNeverServed) {
     EXPECT_GT(served, flips);
 }
 
+// --- Who suffers ---------------------------------------------------------------------------------
+
+/// What the ranges say, page by page.
+std::map<uint64_t, ChunkId> pages_of(const BadRanges& bad, uint64_t size_bytes) {
+    std::map<uint64_t, ChunkId> pages;
+    uint64_t end = 0;
+    for (const BadRange& range : bad.ranges) {
+        EXPECT_GE(range.offset_bytes, end);
+        EXPECT_EQ(range.offset_bytes % kPageBytes, 0U);
+        EXPECT_GT(range.length_bytes, 0U);
+        end = range.offset_bytes + range.length_bytes;
+        EXPECT_LE(end, size_bytes);
+        for (uint64_t at = range.offset_bytes; at < end; at += kPageBytes) {
+            pages[at / kPageBytes] = range.cause;
+        }
+    }
+    return pages;
+}
+
+/// The ids of all that a scrub of a store finds damaged.
+std::vector<ChunkId> scrubbed(const io::Env& env) {
+    class NoRecords final : public nebula::ReplaySink {
+      public:
+        Result<void> replay(uint64_t, uint16_t, Bytes) override { return {}; }
+    };
+    const auto store = must(nebula::Store::open(env, TestPool::kDirectory, {.read_only = true}));
+    NoRecords sink;
+    must(store->replay(sink));
+    std::vector<ChunkId> ids;
+    must(store->scrub({}, UINT64_MAX,
+                      [&](const nebula::DamagedChunk& bad) { ids.push_back(bad.id); }));
+    return ids;
+}
+
+TEST(PoolDamage, WhatIsNamedAsDamagedIsWhatCannotBeRead) {
+    // An image with clones, snapshots, deltas of both kinds; page after page of the store rots, and
+    // each time the pages that cannot be read are compared with those that were named.
+    const uint64_t seed = first_seed();
+    auto owner = std::make_unique<TestPool>(seed);
+    TestPool& pool = *owner;
+    constexpr uint64_t kSize = 3 * kMiB;
+    import_image(*pool, "image", random_bytes(kSize, 1));
+    must(pool->clone("image", {"a", "b", "c"}));
+    const auto put = [&](const std::string& name, uint64_t first, uint64_t step, uint64_t count) {
+        const auto device = must(pool->attach(name, {}));
+        for (uint64_t i = 0; i < count; ++i) {
+            must(write(*device, (first + i * step) * kPageBytes,
+                       random_bytes(kPageBytes, first * 1000 + i)));
+        }
+    };
+    put("a", 3, 5, 90);  // So many that a checkpoint keeps them in inner nodes or folds them.
+    must(pool->create_snapshot("a", "s"));
+    put("b", 1, 30, 20);
+    must(pool->checkpoint());
+    put("a", 0, 16, 10);
+    put("c", 10, 1, 40);
+    must(pool->resize("c", kSize - 17 * kPageBytes - 512));
+    must(pool->checkpoint());
+    put("b", 2, 30, 20);
+    pool.machine().kill_process();
+    const auto files = pool.machine().files().fork();
+    const PoolOptions options = pool.options();
+    owner.reset();
+
+    const uint64_t pages =
+        must(must(files->open(kSegment, io::OpenMode::kReadOnly))->size_bytes()) / kPageBytes;
+    uint64_t nodes_hit = 0;
+    uint64_t chunks_hit = 0;
+    for (uint64_t page = 1 + seed % 3; page < pages; page += under_sanitizer() ? 29 : 5) {
+        SCOPED_TRACE(fmt::format("page {}", page));
+        io::SimulatedMachine machine(files->fork(), 1);
+        machine.files().damage(kSegment, page * kPageBytes, 64, page);
+        const std::vector<ChunkId> bad = scrubbed(machine.env());
+        if (bad.empty()) {
+            continue;  // A batch's header, or nothing.
+        }
+        const auto opened = Pool::open(machine.env(), TestPool::kDirectory, options);
+        if (!opened || (*opened)->read_only_reason()) {
+            continue;  // The end of the log, or the list of volumes, is damaged.
+        }
+        Pool& copy = **opened;
+        std::map<std::string, BadRanges> named;
+        must(copy.chunk_users(bad,
+                              [&](const ChunkUser& user) -> Result<void> {
+                                  EXPECT_TRUE(user.bad.complete);
+                                  if (user.kind) {
+                                      EXPECT_EQ(must(copy.find(user.name)).kind, *user.kind);
+                                      EXPECT_TRUE(named.emplace(user.name, user.bad).second);
+                                  }
+                                  return {};
+                              },
+                              {}));
+        for (const std::string name : {"image", "a", "a@s", "b", "c"}) {
+            SCOPED_TRACE(name);
+            const EntityInfo info = must(copy.find(name));
+            if (!info.damage.empty()) {
+                EXPECT_FALSE(named.contains(name));
+                continue;
+            }
+            const auto found = pages_of(named[name], info.size_bytes);
+            const auto device = must(copy.attach(name, {.read_only = true}));
+            for (uint64_t at = 0; at < info.size_bytes; at += kPageBytes) {
+                std::vector<std::byte> bytes(std::min(kPageBytes, info.size_bytes - at));
+                const iovec into{bytes.data(), bytes.size()};
+                const auto read = device->read(at, std::span(&into, 1), IoMode::kMayBlock);
+                ASSERT_EQ(read.has_value(), !found.contains(at / kPageBytes))
+                    << at << (read ? "" : ": " + read.error().message());
+            }
+            for (const auto& [number, cause] : found) {
+                EXPECT_NE(std::find(bad.begin(), bad.end(), cause), bad.end());
+                const bool is_node = found.size() > nebula::kMaxChunkPages;
+                ++(is_node ? nodes_hit : chunks_hit);
+            }
+        }
+    }
+    EXPECT_GT(chunks_hit, 100U);
+    EXPECT_GT(nodes_hit, 100U);
+}
+
+TEST(PoolDamage, TheListOfVolumesIsNamedWhenItIsDamaged) {
+    TestPool pool;
+    must(pool->create_volume("a", kMiB));
+    must(pool->checkpoint());
+    const uint64_t size = segment_pages(pool) * kPageBytes;
+    unsigned lists = 0;
+    for (uint64_t offset = kPageBytes; offset < size; offset += 64) {
+        io::SimulatedMachine machine(pool.machine().files().fork(), 1);
+        machine.files().damage(kSegment, offset, 1, 1);
+        const std::vector<ChunkId> bad = scrubbed(machine.env());
+        must(pool->chunk_users(bad,
+                               [&](const ChunkUser& user) -> Result<void> {
+                                   EXPECT_FALSE(user.kind.has_value());
+                                   EXPECT_EQ(user.bad.ranges.at(0).cause, bad.at(0));
+                                   ++lists;
+                                   return {};
+                               },
+                               {}));
+        EXPECT_LE(bad.size(), 1U);
+    }
+    EXPECT_GT(lists, 0U);
+}
+
 }  // namespace
 }  // namespace stellarium::nova
