@@ -20,6 +20,19 @@ TEST(Units, ParsesWhatPeopleWrite) {
     EXPECT_EQ(parse_size("64TiB").value(), 64 * kTiB);
 }
 
+TEST(Units, ParsesTimes) {
+    using std::chrono::seconds;
+    EXPECT_EQ(parse_duration("0").value(), seconds(0));
+    EXPECT_EQ(parse_duration("90s").value(), seconds(90));
+    EXPECT_EQ(parse_duration("5m").value(), seconds(300));
+    EXPECT_EQ(parse_duration("12h").value(), seconds(43'200));
+    EXPECT_EQ(parse_duration("30d").value(), seconds(2'592'000));
+    for (const char* wrong : {"", "d", "5", "-1d", "1.5d", "1w", "1 d", "99999999999d",
+                              "99999999999999999999s", "1dd"}) {
+        EXPECT_FALSE(parse_duration(wrong)) << wrong;
+    }
+}
+
 TEST(Units, RefusesTheRestWithAnExample) {
     for (const auto* text : {"", "GiB", "-1", "1.2.3K", "10XB", "99999999999999999999", "20000PiB",
                              "0.3", "1e3", "0x10", "nan", "1KiBB"}) {

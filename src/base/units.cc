@@ -93,6 +93,37 @@ Result<uint64_t> parse_size(std::string_view text) {
     return static_cast<uint64_t>(bytes);
 }
 
+Result<std::chrono::seconds> parse_duration(std::string_view text) {
+    const auto bad = [text](std::string_view why) {
+        return fail(
+            ErrorCode::kInvalidArgument,
+            fmt::format("'{}' is not a time: {} (write for example 90s, 12h, 30d)", text, why));
+    };
+    constexpr uint64_t kMaxSeconds = uint64_t{100} * 365 * 86'400;
+    uint64_t number = 0;
+    const auto [end, code] = std::from_chars(text.begin(), text.end(), number);
+    if (end == text.begin()) {
+        return bad("it must start with a whole number");
+    }
+    const std::string_view unit(end, text.end());
+    uint64_t seconds = 0;
+    if (unit == "s") {
+        seconds = 1;
+    } else if (unit == "m") {
+        seconds = 60;
+    } else if (unit == "h") {
+        seconds = 3600;
+    } else if (unit == "d") {
+        seconds = 86'400;
+    } else if (!unit.empty() || number != 0) {
+        return bad("it must end in s, m, h or d");
+    }
+    if (code != std::errc() || (seconds != 0 && number > kMaxSeconds / seconds)) {
+        return bad("it is more than 100 years");
+    }
+    return std::chrono::seconds(number * seconds);
+}
+
 std::string format_size(uint64_t bytes) {
     static constexpr std::array<std::string_view, 6> kNames{"KiB", "MiB", "GiB",
                                                             "TiB", "PiB", "EiB"};

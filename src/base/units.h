@@ -1,6 +1,9 @@
-// Sizes as people write them: "10GiB", "512", "1.5 GiB", "4KB".
+// Sizes and times as people write them: "10GiB", "512", "1.5 GiB", "4KB"; "30d", "90s".
+//
+// Thread rule: pure functions.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -18,6 +21,10 @@ inline constexpr uint64_t kTiB = uint64_t{1} << 40;
 /// ones (KB, MB, ...) powers of 1000; a bare number is bytes; a fraction must come out as whole
 /// bytes. Errors: kInvalidArgument with an example of what is accepted.
 Result<uint64_t> parse_size(std::string_view text);
+
+/// Parses a time: a whole number and s, m, h or d, such as "90s", "12h" or "30d"; or "0".
+/// kInvalidArgument with an example of what is accepted.
+Result<std::chrono::seconds> parse_duration(std::string_view text);
 
 /// "1.5 GiB": three significant digits, binary units, exact below 1 KiB.
 std::string format_size(uint64_t bytes);

@@ -140,9 +140,11 @@ TEST_F(ScrubTest, RotIsFoundRememberedAndHealsWhenTheContentComesAgain) {
         EXPECT_EQ(store_->damaged()->size(), 1U);
     };
     check_healed();
+    EXPECT_EQ(scrub(1 << 20).size(), 1U) << "the copy that nobody needs is passed over";
     ASSERT_OK(store_->checkpoint(store_->sequence(), {}));
     reopen();
     check_healed();
+    EXPECT_EQ(scrub(1 << 20).size(), 1U);
 }
 
 TEST_F(ScrubTest, WhatAReadFindsIsRememberedToo) {

@@ -113,11 +113,16 @@ StoreStats StoreImpl::stats() const {
         stats.durable_sequence = durable_sequence_;
     }
     stats.index_bytes = index_->memory_bytes() + index_->mapped_bytes();
-    stats.segments = segments_->count();
+    const std::vector<Segment*> segments = segments_->all();
+    stats.segments = segments.size();
+    stats.last_segment = segments.empty() ? 0 : segments.back()->number();
     stats.index_misses_recovered = index_misses_recovered_.load();
     stats.chunks_verified = segments_->chunks_verified();
     stats.damaged_chunks = segments_->damaged_count();
     stats.records_lost = records_lost_;
+    stats.reserve_bytes = reserve_.held_bytes();
+    stats.full_appends = full_appends_.load();
+    stats.disk_full = disk_full_.load();
     return stats;
 }
 

@@ -102,8 +102,10 @@ struct ObjectBytes {
 /// A chunk or object whose stored bytes fail their check, or cannot be read.
 struct DamagedChunk {
     ChunkId id;
-    PageAddress address;  ///< Where it starts.
-    std::string reason;   ///< Names file and offset.
+    PageAddress address;        ///< Where it starts.
+    std::string file;           ///< With its path.
+    uint64_t offset_bytes = 0;  ///< Of its bytes, in the file.
+    std::string reason;         ///< In words, with file and offset.
 };
 
 /// How far a call to scrub() came.
@@ -133,6 +135,9 @@ struct StoreOptions {
     /// the last time (or by 16 GiB); until then opening reads the footers of what is newer. 0: each
     /// time.
     uint32_t index_rewrite_factor = 64;
+    /// Room that is kept on the disk for what frees room, see reserve.h; 0: none. Programs ask for
+    /// kReserveBytes.
+    uint64_t reserve_bytes = 0;
 };
 /// In the store's directory, written in place for as long as the store lives.
 inline constexpr std::string_view kSuperblockName = "superblock";
@@ -146,6 +151,7 @@ struct StoreStats {
     uint64_t duplicate_bytes = 0;  ///< Chunk bytes given to append() that were already there.
     uint64_t index_bytes = 0;      ///< Memory of the index.
     uint64_t segments = 0;
+    uint32_t last_segment = 0;            ///< Highest number; appends go there, or to later ones.
     uint64_t sequence = 0;                ///< Last appended batch.
     uint64_t durable_sequence = 0;        ///< Last durable batch.
     uint64_t index_misses_recovered = 0;  ///< Index misses that footers answered; should be 0.
@@ -153,6 +159,9 @@ struct StoreStats {
     /// Dead by the last collection or dry run since open, and still taking room on the disk.
     uint64_t dead_bytes = 0;
     uint64_t damaged_chunks = 0;  ///< Known to be damaged, and not yet dead.
+    uint64_t reserve_bytes = 0;   ///< Held now; see reserve.h.
+    uint64_t full_appends = 0;    ///< That failed because the disk is full, since open.
+    bool disk_full = false;       ///< The last append did, unless it was for freeing room.
     /// The log is damaged (read_only_reason() says where), and records that were durable were not
     /// replayed for it: what was replayed is the state of some earlier moment.
     bool records_lost = false;
@@ -227,7 +236,8 @@ class Store {
     /// their ids, in the order of addresses from `from` on (the default: from the start), until
     /// `budget_bytes` have been read or the end is reached; at least one. What is damaged is given
     /// to `report` and remembered, durably with the next checkpoint: it is not used for
-    /// deduplication, and when its content is appended again, that copy is found from then on.
+    /// deduplication, and when its content is appended again, that copy is found from then on, and
+    /// the damaged one is passed over until a collection frees it.
     /// Errors are those of the store, not of single chunks. How fast is up to the caller.
     virtual Result<ScrubStep> scrub(PageAddress from, uint64_t budget_bytes,
                                     const std::function<void(const DamagedChunk&)>& report) = 0;

@@ -206,7 +206,15 @@ Result<Appended> StoreImpl::append(WriteBatch& batch, MarkSet* protection) {
     }
     out.duplicate_bytes = chunk_bytes;
     if (!plan.units.empty() || !batch.records_.empty()) {
-        STELLARIUM_TRY(write_plan(plan, batch, record_bytes, out.duplicate_bytes, protection));
+        Result<void> written;
+        if (!ReserveScope::active()) {
+            written = reserve_.admit(out.new_bytes);
+        }
+        if (written) {
+            written = write_plan(plan, batch, record_bytes, out.duplicate_bytes, protection);
+        }
+        note_space(written);
+        STELLARIUM_TRY(std::move(written));
     } else {
         const std::lock_guard state_guard(state_mutex_);
         pending_duplicate_bytes_ += out.duplicate_bytes;
@@ -227,7 +235,23 @@ Result<void> StoreImpl::append_copies(std::vector<Item> items) {
     make_units(plan);
     const std::lock_guard guard(append_mutex_);
     STELLARIUM_TRY(check_writable());
+    uint64_t bytes = 0;
+    for (const Item& item : plan.items) {
+        bytes += item.content.size();
+    }
+    STELLARIUM_TRY(reserve_.admit(bytes));
     return write_plan(plan, WriteBatch(), 0, 0, nullptr);
+}
+
+void StoreImpl::note_space(const Result<void>& appended) {
+    if (appended) {
+        if (!ReserveScope::active() && disk_full_.load(std::memory_order_relaxed)) {
+            disk_full_ = false;
+        }
+    } else if (appended.error().code() == ErrorCode::kNoSpace) {
+        ++full_appends_;
+        disk_full_ = true;
+    }
 }
 
 Result<void> StoreImpl::write_plan(Plan& plan, const WriteBatch& batch, size_t record_bytes,
@@ -260,10 +284,12 @@ Result<void> StoreImpl::write_plan(Plan& plan, const WriteBatch& batch, size_t r
         const uint32_t pages =
             batch_header_pages(take, with_records ? record_bytes : 0) + data_pages;
         if (!fits_active(pages, footer_entries)) {
-            STELLARIUM_TRY(start_segment());
+            STELLARIUM_TRY(with_reserve([&] { return start_segment(); }));
         }
-        STELLARIUM_TRY(write_batch(plan, rest.first(take), with_records ? &batch : nullptr,
-                                   with_records ? record_bytes : 0, duplicate_bytes, protection));
+        STELLARIUM_TRY(with_reserve([&] {
+            return write_batch(plan, rest.first(take), with_records ? &batch : nullptr,
+                               with_records ? record_bytes : 0, duplicate_bytes, protection);
+        }));
         duplicate_bytes = 0;
         rest = rest.subspan(take);
         records_written = records_written || with_records;

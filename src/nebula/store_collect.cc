@@ -645,7 +645,9 @@ Result<void> CollectionImpl::free_condemned(Pace& pace) {
             return pace.spend(bytes);
         },
         report_.segments_freed));
-    return store_.record_freed();
+    STELLARIUM_TRY(store_.record_freed());
+    store_.reserve_.hold();
+    return {};
 }
 
 }  // namespace stellarium::nebula

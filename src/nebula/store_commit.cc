@@ -220,6 +220,7 @@ Result<void> StoreImpl::publish(SuperblockSlot& slot, const DeadRecord* record) 
 
 Result<void> StoreImpl::prove_durable() {
     STELLARIUM_TRY(check_writable());
+    reserve_.hold();
     const std::lock_guard checkpoint_guard(checkpoint_mutex_);
     SuperblockSlot slot = superblock_;
     {

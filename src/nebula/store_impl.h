@@ -33,6 +33,7 @@
 #include "nebula/marks.h"
 #include "nebula/reader_gate.h"
 #include "nebula/recovery.h"
+#include "nebula/reserve.h"
 #include "nebula/segment.h"
 #include "nebula/store.h"
 
@@ -93,6 +94,7 @@ class StoreImpl final : public Store {
           files_(*env.files),
           directory_(std::move(directory)),
           options_(options),
+          reserve_(files_, directory_, options.read_only ? 0 : options.reserve_bytes),
           segment_pages_(static_cast<uint32_t>(options.segment_bytes / kPageBytes)) {}
 
     Result<void> open();
@@ -207,6 +209,12 @@ class StoreImpl final : public Store {
     Result<void> repair_index();
     template <typename Call>
     auto with_index(Call&& call) -> decltype(call());
+    /// Runs `work`. Where the disk is full, and this thread may, the reserve goes and it runs
+    /// again.
+    template <typename Work>
+    Result<void> with_reserve(Work work);
+    /// Remembers whether the disk is full, from how an append went.
+    void note_space(const Result<void>& appended);
     Result<void> insert_entries(uint32_t segment, std::span<const Entry> entries,
                                 const std::vector<bool>* only_shards);
 
@@ -262,6 +270,7 @@ class StoreImpl final : public Store {
     Result<void> unlink_segment(Segment& segment);
     /// False: this file system cannot.
     Result<bool> punch_segment(Segment& segment);
+    Result<bool> is_stored_whole(const Entry& entry);
     /// Reads the pages that these entries share, from the disk, and checks each.
     Result<void> scrub_unit(Segment& segment, std::span<const Entry> entries, ScrubStep& step,
                             const std::function<void(const DamagedChunk&)>& report);
@@ -278,6 +287,9 @@ class StoreImpl final : public Store {
     io::FileSystem& files_;
     const std::string directory_;
     const StoreOptions options_;
+    Reserve reserve_;
+    std::atomic<uint64_t> full_appends_ = 0;
+    std::atomic<bool> disk_full_ = false;
     const uint32_t segment_pages_;
     std::unique_ptr<io::FileLock> lock_;
     std::shared_ptr<io::File> superblock_file_;
@@ -336,6 +348,16 @@ class StoreImpl final : public Store {
     bool records_lost_ = false;  ///< Set by open().
     mutable std::vector<std::string> warnings_;
 };
+
+template <typename Work>
+Result<void> StoreImpl::with_reserve(Work work) {
+    Result<void> done = work();
+    if (!done && done.error().code() == ErrorCode::kNoSpace && ReserveScope::active() &&
+        reserve_.release()) {
+        done = work();
+    }
+    return done;
+}
 
 template <typename Call>
 auto StoreImpl::with_index(Call&& call) -> decltype(call()) {

@@ -171,7 +171,11 @@ Result<void> StoreImpl::open() {
     STELLARIUM_TRY(open_segments());
     STELLARIUM_TRY(open_index());
     STELLARIUM_TRY(finish_reclaim());
-    return remove_leftovers();
+    STELLARIUM_TRY(remove_leftovers());
+    if (writable_.load()) {
+        reserve_.hold();
+    }
+    return {};
 }
 
 Result<void> StoreImpl::read_superblock() {

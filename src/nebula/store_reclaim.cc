@@ -156,13 +156,15 @@ Result<StoreImpl::DeadRecord> StoreImpl::write_dead_map(SuperblockSlot& slot) {
     }
     const std::vector<std::byte> bytes = encode_dead_map(store_id_, map);
     const std::string path = join_path(directory_, dead_map_file_name(map.generation));
-    auto written = [&]() -> Result<void> {
+    // Nothing is freed without it.
+    const ReserveScope scope;
+    auto written = with_reserve([&]() -> Result<void> {
         STELLARIUM_ASSIGN(const auto file, files_.open(path, io::OpenMode::kCreate));
         STELLARIUM_TRY(file->truncate(0));
         STELLARIUM_TRY(io::write_all(*file, Bytes(bytes), 0));
         STELLARIUM_TRY(file->datasync());
         return files_.sync_directory(directory_);
-    }();
+    });
     if (!written) {
         [[maybe_unused]] const auto best_effort = files_.remove(path);
         return std::unexpected(std::move(written).error());

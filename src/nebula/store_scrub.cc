@@ -21,6 +21,13 @@ PageAddress address_of(const Segment& segment, const Entry& entry) {
 
 }  // namespace
 
+/// There is another copy that is not known to be damaged.
+Result<bool> StoreImpl::is_stored_whole(const Entry& entry) {
+    const auto want = entry.entry_kind() == EntryKind::kChunk ? Want::kPages : Want::kAny;
+    STELLARIUM_ASSIGN(const auto other, probe(entry.id, want));
+    return other && !other->damaged;
+}
+
 Result<void> StoreImpl::scrub_unit(Segment& segment, std::span<const Entry> entries,
                                    ScrubStep& step,
                                    const std::function<void(const DamagedChunk&)>& report) {
@@ -64,10 +71,16 @@ Result<void> StoreImpl::scrub_unit(Segment& segment, std::span<const Entry> entr
             wrong = fmt::format("its bytes hash to {}", found.hex());
         }
         if (!wrong.empty()) {
-            ++step.damaged;
             segments_->add_damaged(segment, entry);
+            STELLARIUM_ASSIGN(const bool elsewhere, is_stored_whole(entry));
+            if (elsewhere) {
+                continue;
+            }
+            ++step.damaged;
             report({.id = entry.id,
                     .address = address_of(segment, entry),
+                    .file = file->path(),
+                    .offset_bytes = entry.offset_bytes(),
                     .reason = fmt::format("{} at offset {}: {} {} of {} bytes is damaged: {}",
                                           file->path(), entry.offset_bytes(),
                                           to_string(entry.entry_kind()), entry.id.hex(),
@@ -135,12 +148,13 @@ Result<std::vector<DamagedChunk>> StoreImpl::damaged() {
         STELLARIUM_ASSIGN(const auto entries,
                           segments_->damaged_entries(*segment, 0, kSegmentPages));
         for (const Entry& entry : entries) {
-            const auto want = entry.entry_kind() == EntryKind::kChunk ? Want::kPages : Want::kAny;
-            STELLARIUM_ASSIGN(const auto other, probe(entry.id, want));
-            if (!other || other->damaged) {
+            STELLARIUM_ASSIGN(const bool elsewhere, is_stored_whole(entry));
+            if (!elsewhere) {
                 out.push_back(
                     {.id = entry.id,
                      .address = address_of(*segment, entry),
+                     .file = segments_->path(segment->number()),
+                     .offset_bytes = entry.offset_bytes(),
                      .reason = fmt::format("{} at offset {}: {} {} of {} bytes is "
                                            "damaged",
                                            segments_->path(segment->number()), entry.offset_bytes(),
