@@ -32,6 +32,7 @@ PROBES = {
     "working-kvm": lambda: False,
     "fuse": lambda: can_open("/dev/fuse"),
     "root": lambda: os.geteuid() == 0,
+    "loop-mount": lambda: os.geteuid() == 0 and can_open("/dev/loop-control"),
     # Tests that become another user must be able to start what was built.
     "open-folder": lambda: all(folder.stat().st_mode & 0o001
                                for folder in Path(__file__).resolve().parents),

@@ -564,6 +564,9 @@ class Holding(TestCase):
         self.assertEqual((s.folder / "out.raw").read_bytes(), b"precious" * 50_000)
         self.assert_fails(s.run("image", "import", "y", "-", data=random.Random(1).randbytes(1 << 20)),
                           "no_space")
+        # What frees room works without any.
+        s.ok("image", "rm", "x")
+        s.ok("gc")
         (s.path / "filler").unlink()
         s.ok("image", "import", "y", "-", data=random.Random(1).randbytes(1 << 20))
 
@@ -704,6 +707,110 @@ class Holding(TestCase):
         self.assert_fails(s.run("volume", "clone", "base", "e-{n}", "--count", "1000"),
                           "already_exists", "e-500")
         self.assertEqual(s.json("stats")["volumes"], 2001)
+
+
+class Scrub(TestCase):
+    def damage(self, store, content):
+        """Flips a bit of these bytes where they are stored."""
+        segment = store.path / "segments" / "0000001.seg"
+        at = segment.read_bytes().find(content)
+        self.assertGreater(at, 0)
+        with open(segment, "r+b") as file:
+            file.seek(at + 10)
+            byte = file.read(1)
+            file.seek(at + 10)
+            file.write(bytes([byte[0] ^ 1]))
+        return segment
+
+    def test_damage_is_named_and_heals(self):
+        content = random.Random(3).randbytes(1_000_000)
+        for daemon in (False, True):
+            with self.subTest(daemon=daemon):
+                s = self.store(daemon=daemon)
+                (s.folder / "x.raw").write_bytes(content)
+                s.ok("image", "import", "x", s.folder / "x.raw")
+                s.ok("volume", "clone", "x", "vm")
+                s.ok("snapshot", "create", "vm", "before")
+                s.ok("gc")  # A checkpoint: damage behind the last one makes a store read-only.
+                clean = s.json("scrub")
+                self.assertEqual((clean["damaged"], clean["damage"]["damaged"]), (0, []))
+                self.assertGreaterEqual(clean["bytes"], len(content))
+                self.assertRegex(s.ok("scrub").out, r"^checked 9\d\d KiB in \d+ chunks, 0 damaged\n$")
+
+                segment = self.damage(s, content[600_000:600_064])
+                found = s.run("scrub")
+                self.assertEqual(found.code, EXIT["corrupt"])
+                self.assertIn("1 chunk is damaged", found.err)
+                self.assertIn(f"damaged: {segment} at offset ", found.out)
+                for user in ("image 'x': ", "volume 'vm': ", "snapshot 'vm@before': "):
+                    self.assertIn(user, found.out)
+                self.assertIn("1 chunk is damaged", s.ok("status").out)
+                self.assertEqual(s.json("stats")["damaged_chunks"], 1)
+                self.assert_fails(s.run("image", "export", "x", "bad.raw"), "corrupt")
+                # It is known without another look, also after a restart.
+                if daemon:
+                    s.stop_daemon()
+                    s.start_daemon()
+                known = s.run("scrub", "--status", "--json")
+                self.assertEqual(known.code, EXIT["corrupt"])
+                damage = known.json()["damage"]
+                self.assertTrue(damage["complete"])
+                self.assertEqual(len(damage["damaged"]), 1)
+                chunk = damage["damaged"][0]
+                self.assertEqual(chunk["file"], str(segment))
+                users = chunk["users"]
+                self.assertEqual([user["name"] for user in users], ["x", "vm", "vm@before"])
+                for user in users:
+                    self.assertEqual(len(user["ranges"]), 1)
+                    start = user["ranges"][0]["offset_bytes"]
+                    self.assertTrue(start <= 600_010 < start + user["bytes"])
+
+                s.ok("image", "import", "again", s.folder / "x.raw")
+                self.assertEqual(s.json("scrub", "--restart")["damage"]["damaged_chunks"], 0)
+                s.ok("scrub", "--status")
+                self.assertNotIn("damaged", s.ok("status").out)
+                for source in ("x", "again"):
+                    s.ok("image", "export", source, f"{source}.out")
+                    self.assertEqual((s.folder / f"{source}.out").read_bytes(), content)
+
+    def test_goes_on_where_it_was_stopped(self):
+        s = self.store(daemon=True)
+        (s.folder / "x.raw").write_bytes(random.Random(4).randbytes(12 << 20))
+        s.ok("image", "import", "x", s.folder / "x.raw")
+        def stop_one():
+            began = s.json("scrub", "--status")["present"]
+            began = began["bytes"] if began else 0
+            process = s.start("scrub", "--rate", "1MiB")
+            self.addCleanup(process.kill)
+            while True:
+                state = s.json("scrub", "--status")
+                if state["running"] and state["present"]["bytes"] > began:
+                    break
+                self.assertIsNone(process.poll())
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=TIMEOUT_S)
+            self.assertEqual(process.returncode, EXIT["cancelled"])
+            return s.json("scrub", "--status")["present"]["bytes"]
+        first = stop_one()
+        s.stop_daemon()
+        self.assertEqual(s.json("scrub", "--status")["present"]["bytes"], first)
+        s.start_daemon()
+        self.assertGreater(stop_one(), first)
+        self.assertIn("stopped", s.ok("scrub", "--status").out)
+        whole = s.json("scrub", "--rate", "0")
+        self.assertGreaterEqual(whole["bytes"], 12 << 20)
+        state = s.json("scrub", "--status")
+        self.assertIsNone(state["present"])
+        self.assertEqual(state["last"]["bytes"], whole["bytes"])
+        self.assertIsNotNone(state["next_due"])
+        s.stop_daemon()
+        s.start_daemon("--scrub-every", "0")
+        self.assertIsNone(s.json("scrub", "--status")["next_due"])
+
+    def test_words(self):
+        s = self.store()
+        self.assert_fails(s.run("scrub", "--rate", "fast"), "invalid_argument")
+        self.assertEqual(s.run("scrub", "--status", "--restart").code, EXIT["invalid_argument"])
 
 
 class Attach(TestCase):
@@ -893,6 +1000,8 @@ class Daemon(TestCase):
             self.assertTrue(page.startswith("HTTP/1.1 200"), page[:100])
             self.assertIn("text/plain; version=0.0.4", page)
             for line in ("stellarium_volumes 1", "stellarium_attachments 1",
+                         "stellarium_damaged_chunks 0", "stellarium_scrub_passes_total 0",
+                         "stellarium_disk_full 0", "stellarium_full_appends_total 0",
                          'stellarium_device_connected{volume="v"} 0',
                          'stellarium_device_request_seconds_count{volume="v",request="write"} 0'):
                 self.assertIn(line, page)

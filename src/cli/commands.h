@@ -61,6 +61,8 @@ struct Arguments {
     bool force = false;
     bool read_only = false;
     bool dry_run = false;
+    bool restart = false;
+    bool only_status = false;
     bool allow_backing = false;
 };
 
@@ -91,6 +93,7 @@ Result<void> attach(Context& context, const Arguments& arguments);
 Result<void> detach(Context& context, const Arguments& arguments);
 Result<void> list_attachments(Context& context, const Arguments& arguments);
 Result<void> collect_garbage(Context& context, const Arguments& arguments);
+Result<void> scrub(Context& context, const Arguments& arguments);
 Result<void> stats(Context& context, const Arguments& arguments);
 Result<void> status(Context& context, const Arguments& arguments);
 Result<void> dump(Context& context, const Arguments& arguments);

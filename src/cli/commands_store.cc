@@ -1,4 +1,5 @@
 // Attachments, and the store as a whole.
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <chrono>
@@ -26,6 +27,8 @@ namespace {
 
 /// How often a command looks at what the collection that it waits for has done.
 constexpr std::chrono::milliseconds kWatchEvery{100};
+/// Leaves most disks to those who need them.
+constexpr uint64_t kDefaultScrubRate = 256 * kMiB;
 
 /// The link's target, or "" when `path` is no link.
 std::string link_target(const std::string& path) {
@@ -230,6 +233,156 @@ Result<void> collect_garbage(Context& context, const Arguments& arguments) {
     return {};
 }
 
+namespace {
+
+/// Ranges of one user that a line of the report names.
+constexpr size_t kRangesPerLine = 8;
+
+/// Asks how far the scrub is and shows it, until `done`; passes an interruption on.
+void watch_scrub(control::ControlClient& client, Progress& progress,
+                 const std::function<bool()>& done) {
+    bool stopped = false;
+    while (!done()) {
+        if (interrupted() && !stopped) {
+            stopped = client.call("DELETE", "/v1/scrub").has_value();
+        }
+        if (const Result<Json> state = client.call("GET", "/v1/scrub");
+            state && bool_field(*state, "running") && state->contains("present") &&
+            state->at("present").is_object()) {
+            const uint64_t bytes = number_field(state->at("present"), "bytes");
+            progress.show(
+                fmt::format("checking, {} damaged", number_field(*state, "damaged_chunks")),
+                bytes / kMiB, std::max(number_field(*state, "total_bytes"), bytes) / kMiB);
+        }
+    }
+}
+
+/// Says what is damaged and who uses it.
+void print_damage(Output& out, const Json& damage) {
+    for (const Json& chunk : damage.at("damaged")) {
+        out.line(fmt::format("damaged: {}", text_field(chunk, "reason")));
+        for (const Json& user : chunk.at("users")) {
+            const std::string kind = text_field(user, "kind");
+            if (kind == "catalog") {
+                out.line("  the list of all images and volumes; the next checkpoint mends it");
+                continue;
+            }
+            std::string ranges;
+            size_t named = 0;
+            for (const Json& range : user.at("ranges")) {
+                if (++named > kRangesPerLine) {
+                    ranges += ", ...";
+                    break;
+                }
+                ranges += fmt::format("{}{}+{}", named == 1 ? "" : ", ",
+                                      number_field(range, "offset_bytes"),
+                                      number_field(range, "length_bytes"));
+            }
+            out.line(fmt::format("  {} '{}': {} bytes, at {}", kind, text_field(user, "name"),
+                                 number_field(user, "bytes"), ranges));
+        }
+        if (chunk.at("users").empty()) {
+            out.line("  nothing uses it: the next garbage collection frees it");
+        }
+    }
+    if (!bool_field(damage, "complete")) {
+        out.line("(there is more)");
+    }
+}
+
+/// The end of a command that knows of damage: success only when nothing is damaged.
+Result<void> verdict(Output& out, const Json& damage) {
+    STELLARIUM_TRY(out.flush());
+    const uint64_t chunks = number_field(damage, "damaged_chunks");
+    if (chunks == 0) {
+        return {};
+    }
+    return fail(ErrorCode::kCorrupt,
+                fmt::format("{} chunk{} damaged; each heals when the same content is written or "
+                            "imported again",
+                            chunks, chunks == 1 ? " is" : "s are"));
+}
+
+Result<void> scrub_status(Context& context) {
+    STELLARIUM_ASSIGN(Json state, ask(context, "GET", "/v1/scrub"));
+    STELLARIUM_ASSIGN(const Json damage, ask(context, "GET", "/v1/damage"));
+    Output& out = context.out();
+    if (out.json()) {
+        state["damage"] = damage;
+        out.value(state);
+        return verdict(out, damage);
+    }
+    const auto pass = [&](std::string_view key, std::string_view title, std::string_view none) {
+        const Json& value = state.at(std::string(key));
+        if (!value.is_object()) {
+            out.line(fmt::format("{:<9} {}", title, none));
+            return;
+        }
+        out.line(fmt::format(
+            "{:<9} begun {}{}: {} in {} chunks, {} damaged", title, text_field(value, "started"),
+            value.at("ended").is_string()
+                ? ", ended " + text_field(value, "ended")
+                : std::string(bool_field(state, "running") ? ", running" : ", stopped"),
+            out.size(number_field(value, "bytes")), number_field(value, "chunks"),
+            number_field(value, "damaged")));
+    };
+    pass("present", "present", "none runs");
+    pass("last", "last", "none was completed");
+    if (state.at("next_due").is_string()) {
+        out.line(fmt::format("{:<9} {}", "next due", text_field(state, "next_due")));
+    }
+    if (const std::string error = text_field(state, "last_error"); !error.empty()) {
+        out.line(fmt::format("{:<9} {}", "failed", error));
+    }
+    print_damage(out, damage);
+    return verdict(out, damage);
+}
+
+}  // namespace
+
+Result<void> scrub(Context& context, const Arguments& arguments) {
+    context.take_warnings();
+    if (arguments.only_status) {
+        return scrub_status(context);
+    }
+    uint64_t rate = kDefaultScrubRate;
+    if (!arguments.rate.empty()) {
+        STELLARIUM_ASSIGN(rate, parse_size(arguments.rate));
+    }
+    const Json request{{"restart", arguments.restart}, {"rate_bytes_per_second", rate}};
+    STELLARIUM_ASSIGN(control::ControlClient* const client, context.client());
+    Progress progress("checking", context.progress());
+    const std::unique_ptr<control::ControlClient> second = context.session()->second_client();
+    std::future<Result<Json>> answer =
+        std::async(std::launch::async, [&] { return client->call("POST", "/v1/scrub", request); });
+    if (second) {
+        watch_scrub(*second, progress, [&answer] {
+            return answer.wait_for(kWatchEvery) == std::future_status::ready;
+        });
+    }
+    const Result<Json> report = answer.get();
+    progress.finish();
+    if (!report) {
+        if (report.error().code() == ErrorCode::kCancelled) {
+            STELLARIUM_TRY(check_interrupt());
+        }
+        return std::unexpected(report.error());
+    }
+    STELLARIUM_ASSIGN(const Json damage, ask(context, "GET", "/v1/damage"));
+    Output& out = context.out();
+    if (out.json()) {
+        Json both = *report;
+        both["damage"] = damage;
+        out.value(both);
+        return verdict(out, damage);
+    }
+    out.line(fmt::format("checked {} in {} chunks, {} damaged",
+                         out.size(number_field(*report, "bytes")), number_field(*report, "chunks"),
+                         number_field(*report, "damaged")));
+    print_damage(out, damage);
+    return verdict(out, damage);
+}
+
 Result<void> stats(Context& context, const Arguments&) {
     STELLARIUM_ASSIGN(const Json stats, ask(context, "GET", "/v1/stats"));
     Output& out = context.out();
@@ -256,13 +409,26 @@ Result<void> stats(Context& context, const Arguments&) {
                         out.size(number_field(stats, "file_system_bytes")),
                         out.size(number_field(stats, "reclaimable_bytes"))));
     }
+    if (const uint64_t damaged = number_field(stats, "damaged_chunks"); damaged > 0) {
+        complain(
+            fmt::format("stellarctl: warning: {} chunk{} damaged; see stellarctl scrub "
+                        "--status\n",
+                        damaged, damaged == 1 ? " is" : "s are"));
+    }
     return {};
 }
 
 Result<void> status(Context& context, const Arguments&) {
     context.take_warnings();
     STELLARIUM_ASSIGN(Json version, ask(context, "GET", "/v1/version"));
-    STELLARIUM_ASSIGN(const Json store, ask(context, "GET", "/v1/store"));
+    STELLARIUM_ASSIGN(Json store, ask(context, "GET", "/v1/store"));
+    STELLARIUM_ASSIGN(const Json stats, ask(context, "GET", "/v1/stats"));
+    if (bool_field(stats, "space_low") && !bool_field(stats, "disk_full")) {
+        store["warnings"].push_back(
+            fmt::format("the file system is almost full: {} of {} are free",
+                        context.out().size(number_field(stats, "file_system_free_bytes")),
+                        context.out().size(number_field(stats, "file_system_bytes"))));
+    }
     const bool daemon = context.session()->through_daemon();
     Output& out = context.out();
     if (out.json()) {

@@ -17,6 +17,7 @@
 #include "control/locations.h"
 #include "control/service.h"
 #include "io/posix.h"
+#include "nebula/reserve.h"
 #include "nova/pool.h"
 
 namespace stellarium::cli {
@@ -182,6 +183,7 @@ Result<std::unique_ptr<Session>> open_direct(const std::string& directory,
     options.store.allow_unsafe_file_system = location.allow_unsafe_file_system;
     // A command does what it was asked for.
     options.gc.automatic = false;
+    options.store.reserve_bytes = nebula::kReserveBytes;
     STELLARIUM_ASSIGN(std::unique_ptr<nova::Pool> pool,
                       nova::Pool::open(io::real_env(), directory, options));
     return std::make_unique<DirectSession>(std::move(pool), directory);

@@ -113,7 +113,12 @@ Json to_json(const nova::PoolStats& stats) {
                 {"collected_bytes", stats.gc.freed_bytes},
                 {"file_system_bytes", stats.space.total_bytes},
                 {"file_system_free_bytes", stats.space.free_bytes},
-                {"space_low", stats.space_low}};
+                {"space_low", stats.space_low},
+                {"disk_full", stats.store.disk_full},
+                {"reserve_bytes", stats.store.reserve_bytes},
+                {"damaged_chunks", stats.scrub.damaged_chunks},
+                {"scrubs", stats.scrub.passes},
+                {"scrubbed_bytes", stats.scrub.checked_bytes}};
 }
 
 Json to_json(const nova::GcReport& report) {
@@ -149,6 +154,66 @@ Json to_json(const nova::GcStats& stats) {
         json["last_ended"] = format_time(stats.last_ended);
     }
     return json;
+}
+
+Json to_json(const nova::ScrubPass& pass) {
+    Json json{{"started", format_time(pass.started)},
+              {"ended", nullptr},
+              {"bytes", pass.bytes},
+              {"chunks", pass.entries},
+              {"damaged", pass.damaged}};
+    if (pass.ended.count() != 0) {
+        json["ended"] = format_time(pass.ended);
+    }
+    return json;
+}
+
+Json to_json(const nova::ScrubStats& stats) {
+    return Json{{"running", stats.running},
+                {"present", stats.present ? to_json(*stats.present) : Json(nullptr)},
+                {"total_bytes", stats.total_bytes},
+                {"last", stats.last ? to_json(*stats.last) : Json(nullptr)},
+                {"checked_bytes", stats.checked_bytes},
+                {"passes", stats.passes},
+                {"damaged_chunks", stats.damaged_chunks},
+                {"next_due",
+                 stats.next_due.count() != 0 ? Json(format_time(stats.next_due)) : Json(nullptr)},
+                {"last_error", stats.last_error}};
+}
+
+Json to_json(const nova::DamageReport& report) {
+    Json damaged = Json::array();
+    bool complete = report.listed.size() >= report.chunks;
+    for (const nova::ChunkDamage& each : report.listed) {
+        Json users = Json::array();
+        for (const nova::ChunkUser& user : each.users) {
+            if (users.size() == kMaxDamageUsers) {
+                complete = false;
+                break;
+            }
+            Json ranges = Json::array();
+            uint64_t bytes = 0;
+            complete = complete && user.bad.complete && user.bad.ranges.size() <= kMaxDamageRanges;
+            for (const nova::BadRange& range : user.bad.ranges) {
+                bytes += range.length_bytes;
+                if (ranges.size() < kMaxDamageRanges) {
+                    ranges.push_back(Json{{"offset_bytes", range.offset_bytes},
+                                          {"length_bytes", range.length_bytes}});
+                }
+            }
+            users.push_back(Json{{"kind", user.kind ? to_string(*user.kind) : "catalog"},
+                                 {"name", user.name},
+                                 {"bytes", bytes},
+                                 {"ranges", std::move(ranges)}});
+        }
+        damaged.push_back(Json{{"id", each.chunk.id.hex()},
+                               {"file", each.chunk.file},
+                               {"offset_bytes", each.chunk.offset_bytes},
+                               {"reason", each.chunk.reason},
+                               {"users", std::move(users)}});
+    }
+    return Json{
+        {"damaged_chunks", report.chunks}, {"complete", complete}, {"damaged", std::move(damaged)}};
 }
 
 Json to_json(const std::vector<nova::EntityInfo>& infos) {

@@ -243,6 +243,7 @@ struct ControlService::Impl {
     std::mutex names_mutex;
 
     std::atomic<bool> gc_cancelled{false};
+    std::atomic<bool> scrub_cancelled{false};
     std::atomic<bool> stopping{false};
 
     std::mutex imports_mutex;
@@ -291,7 +292,7 @@ struct ControlService::Impl {
         RouteInfo info;
         Result<Response> (Impl::*handler)(Call&);
     };
-    static const std::array<Row, 31> kRows;
+    static const std::array<Row, 35> kRows;
 
     // --- Looking names up -----------------------------------------------------------------------
 
@@ -416,6 +417,37 @@ struct ControlService::Impl {
     Result<Response> cancel_gc(Call&) {
         gc_cancelled = true;
         return empty_response();
+    }
+
+    Result<Response> get_scrub(Call&) { return json_response(200, to_json(pool.stats().scrub)); }
+
+    Result<Response> start_scrub(Call& call) {
+        nova::ScrubOptions wanted;
+        if (!call.request.body.empty()) {
+            STELLARIUM_ASSIGN(const Json body, body_of(call));
+            ObjectReader reader(body, "request body");
+            wanted.restart = reader.optional_bool("restart").value_or(false);
+            wanted.rate_bytes_per_second =
+                reader.optional_size("rate_bytes_per_second").value_or(0);
+            STELLARIUM_TRY(reader.finish());
+        }
+        scrub_cancelled = false;
+        wanted.cancelled = [this] { return scrub_cancelled || stopping; };
+        STELLARIUM_ASSIGN(const nova::ScrubPass pass, pool.scrub(wanted));
+        Json body = to_json(pass);
+        body["damaged_chunks"] = pool.stats().scrub.damaged_chunks;
+        return json_response(200, body);
+    }
+
+    Result<Response> stop_scrub(Call&) {
+        scrub_cancelled = true;
+        return empty_response();
+    }
+
+    Result<Response> get_damage(Call&) {
+        STELLARIUM_ASSIGN(const nova::DamageReport report,
+                          pool.damage([this] { return stopping.load(); }));
+        return json_response(200, to_json(report));
     }
 
     // --- Images ---------------------------------------------------------------------------------
@@ -767,7 +799,7 @@ struct ControlService::Impl {
     }
 };
 
-const std::array<ControlService::Impl::Row, 31> ControlService::Impl::kRows{{
+const std::array<ControlService::Impl::Row, 35> ControlService::Impl::kRows{{
     {{"GET", "/v1/version", "getVersion", 200}, &Impl::get_version},
     {{"GET", "/v1/store", "getStore", 200}, &Impl::get_store},
     {{"GET", "/v1/stats", "getStats", 200}, &Impl::get_stats},
@@ -775,6 +807,10 @@ const std::array<ControlService::Impl::Row, 31> ControlService::Impl::kRows{{
     {{"GET", "/v1/gc", "getGc", 200}, &Impl::get_gc},
     {{"POST", "/v1/gc", "collectGarbage", 200}, &Impl::start_gc},
     {{"DELETE", "/v1/gc", "cancelGc", 204}, &Impl::cancel_gc},
+    {{"GET", "/v1/scrub", "getScrub", 200}, &Impl::get_scrub},
+    {{"POST", "/v1/scrub", "scrub", 200}, &Impl::start_scrub},
+    {{"DELETE", "/v1/scrub", "stopScrub", 204}, &Impl::stop_scrub},
+    {{"GET", "/v1/damage", "getDamage", 200}, &Impl::get_damage},
     {{"GET", "/v1/images", "listImages", 200}, &Impl::list_images},
     {{"GET", "/v1/images/{name}", "getImage", 200}, &Impl::get_image},
     {{"PUT", "/v1/images/{name}", "importImage", 201, true, false}, &Impl::import_image},
@@ -808,6 +844,7 @@ ControlService::ControlService(nova::Pool& pool, ServiceOptions options)
                      .options = std::move(options),
                      .names_mutex = {},
                      .gc_cancelled = false,
+                     .scrub_cancelled = false,
                      .stopping = false,
                      .imports_mutex = {},
                      .imports = {}}) {}

@@ -585,6 +585,14 @@ TEST_F(OpenApiTest, RealAnswersMatchTheirSchemas) {
     check("POST", "/v1/gc", "/v1/gc", R"({"rate":1})", 400);
     check("GET", "/v1/gc", "/v1/gc", "", 200);
     check("DELETE", "/v1/gc", "/v1/gc", "", 204);
+    check("GET", "/v1/scrub", "/v1/scrub", "", 200);
+    check("POST", "/v1/scrub", "/v1/scrub", R"({"restart":true,"rate_bytes_per_second":"1GiB"})",
+          200);
+    check("POST", "/v1/scrub", "/v1/scrub", "", 200);
+    check("POST", "/v1/scrub", "/v1/scrub", R"({"rate":1})", 400);
+    check("GET", "/v1/scrub", "/v1/scrub", "", 200);
+    check("DELETE", "/v1/scrub", "/v1/scrub", "", 204);
+    check("GET", "/v1/damage", "/v1/damage", "", 200);
     for (const RouteInfo& route : ControlService::routes()) {
         EXPECT_TRUE(checked_.contains(std::string(route.operation)))
             << route.operation << " was never asked";

@@ -66,6 +66,22 @@ std::vector<std::string> apply_settings(const control::Json& settings, DaemonCon
     if (const auto rate = reader.optional_size("gc_rate")) {
         config.gc.rate_bytes_per_second = *rate;
     }
+    if (const auto every = reader.optional_string("scrub_every")) {
+        if (const auto duration = parse_duration(*every)) {
+            config.scrub.every = *duration;
+        } else {
+            reader.complain("scrub_every", "is wrong: " + duration.error().message());
+        }
+    }
+    if (const auto rate = reader.optional_size("scrub_rate")) {
+        if (*rate < nova::ScrubPolicy{}.least_rate_bytes_per_second) {
+            reader.complain(
+                "scrub_rate",
+                fmt::format("is {}, and must be at least {}", format_size(*rate),
+                            format_size(nova::ScrubPolicy{}.least_rate_bytes_per_second)));
+        }
+        config.scrub.rate_bytes_per_second = *rate;
+    }
     if (const auto allow = reader.optional_bool("allow_unsafe_file_system")) {
         config.allow_unsafe_file_system = *allow;
     }

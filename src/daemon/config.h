@@ -10,6 +10,7 @@
 // Thread rule: values.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -39,6 +40,7 @@ struct DaemonConfig {
     uint64_t threads = 0;  ///< Serving guests; 0: one for each processor.
     bool verify_always = false;
     nova::GcPolicy gc{};
+    nova::ScrubPolicy scrub{.every = std::chrono::days(30)};
     bool allow_unsafe_file_system = false;
     LogLevel log_level = LogLevel::kInfo;
     LogFormat log_format = LogFormat::kText;

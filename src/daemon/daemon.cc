@@ -19,6 +19,7 @@
 #include "daemon/metrics.h"
 #include "daemon/vhost_host.h"
 #include "io/posix.h"
+#include "nebula/reserve.h"
 #include "nova/pool.h"
 
 namespace stellarium::daemon {
@@ -130,9 +131,15 @@ Result<void> serve(const DaemonConfig& config, const std::string& version, nova:
                           server.listen_tcp(config.metrics_listen, public_handler));
         log.info("metrics", {{"listen", config.metrics_listen}, {"port", std::to_string(port)}});
     }
-    STELLARIUM_TRY(control::write_daemon_record(
+    const auto recorded = control::write_daemon_record(
         files, config.store,
-        {.pid = getpid(), .socket = config.socket, .runtime_directory = config.runtime_directory}));
+        {.pid = getpid(), .socket = config.socket, .runtime_directory = config.runtime_directory});
+    if (!recorded && recorded.error().code() == ErrorCode::kNoSpace) {
+        // Clients find the usual socket all the same.
+        log.warning("store", {{"message", recorded.error().message()}});
+    } else {
+        STELLARIUM_TRY(recorded);
+    }
     const nova::PoolStats stats = pool.stats();
     log.info("ready", {{"store", config.store},
                        {"socket", config.socket},
@@ -176,6 +183,8 @@ Result<void> run_daemon(const DaemonConfig& config, const std::string& version, 
     options.node_cache_bytes = config.node_cache_bytes();
     options.writeback_age = std::chrono::milliseconds(config.writeback_age_ms);
     options.gc = config.gc;
+    options.scrub = config.scrub;
+    options.store.reserve_bytes = nebula::kReserveBytes;
     options.notice = [&log](const std::string& sentence) {
         log.warning("store", {{"message", sentence}});
     };

@@ -130,6 +130,13 @@ int run(int argc, char** argv) {
     number_option("--low-space-percent", "low_space_percent",
                   "warn, and collect whatever is dead, when less of the file system is free "
                   "(default: 10)");
+    text_option("--scrub-every", "scrub_every",
+                "read and check everything that is stored so often, 30d or 12h; 0: only when asked "
+                "to (default: 30d)",
+                "TIME");
+    text_option("--scrub-rate", "scrub_rate",
+                "scrubs by schedule read at most this much a second, from 4MiB (default: 64MiB)",
+                "SIZE");
     app.add_flag_function(
         "--allow-unsafe-file-system",
         [&given](int64_t) { given["allow_unsafe_file_system"] = true; },

@@ -137,6 +137,36 @@ void add_collections(Page& page, const nova::PoolStats& stats) {
                real(stats.space.free_bytes));
     page.gauge("stellarium_space_low", "1 when little of it is free: see low_space_percent.",
                stats.space_low ? 1 : 0);
+    page.gauge("stellarium_disk_full", "1 while writes fail for want of space.",
+               stats.store.disk_full ? 1 : 0);
+    page.counter("stellarium_full_appends_total", "Appends that failed for want of space.",
+                 stats.store.full_appends);
+    page.gauge("stellarium_reserve_bytes",
+               "Room kept for removals and garbage collection on a full disk.",
+               real(stats.store.reserve_bytes));
+}
+
+void add_scrubs(Page& page, const nova::PoolStats& stats) {
+    const nova::ScrubStats& scrub = stats.scrub;
+    const auto seconds = [](std::chrono::nanoseconds time) {
+        return std::chrono::duration<double>(time).count();
+    };
+    page.gauge("stellarium_damaged_chunks",
+               "Chunks and objects known to be damaged, without another copy; anything but 0 needs "
+               "a look: stellarctl scrub --status.",
+               real(scrub.damaged_chunks));
+    page.gauge("stellarium_scrub_running", "1 while a scrub runs.", scrub.running ? 1 : 0);
+    page.counter("stellarium_scrub_bytes_total", "Bytes that scrubs read and checked.",
+                 scrub.checked_bytes);
+    page.counter("stellarium_scrub_passes_total", "Scrubs that were completed.", scrub.passes);
+    page.gauge("stellarium_scrub_last_end_seconds",
+               "When the last scrub, of any process, was completed, since 1970; 0: none was.",
+               scrub.last ? seconds(scrub.last->ended) : 0);
+    page.gauge("stellarium_scrub_pass_bytes", "Bytes checked by the present scrub; 0: none.",
+               scrub.present ? real(scrub.present->bytes) : 0);
+    page.gauge("stellarium_scrub_next_due_seconds",
+               "When the next one begins by schedule, since 1970; 0: there is none.",
+               seconds(scrub.next_due));
 }
 
 void add_devices(Page& page, const VhostHost& host) {
@@ -229,6 +259,7 @@ std::string Metrics::text() const {
     add_store(page, stats, impl_->pool.read_only_reason().has_value());
     add_pool(page, stats);
     add_collections(page, stats);
+    add_scrubs(page, stats);
     add_devices(page, impl_->host);
     std::vector<MetricFamily> families = page.take();
     for (MetricFamily& family : impl_->registry.Collect()) {

@@ -326,7 +326,13 @@ Result<GcReport> Collector::run(const GcOptions& options) const {
     Plan plan;
     STELLARIUM_TRY(collect(options, report, &plan));
     if (!options.dry_run && plan.leaves > 0) {
-        STELLARIUM_TRY(carry_out(options, plan, report));
+        if (auto rewritten = carry_out(options, plan, report); !rewritten) {
+            // On a full disk there may be no room for the new parts, and the next run does it.
+            if (rewritten.error().code() == ErrorCode::kNoSpace) {
+                return report;
+            }
+            return std::unexpected(std::move(rewritten).error());
+        }
         if (plan.gain_bytes >= store_.stats().stored_bytes / kSecondCollectionShare) {
             STELLARIUM_TRY(collect(options, report, nullptr));
         } else {

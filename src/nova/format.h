@@ -240,4 +240,33 @@ struct ArenaSlot {
 };
 static_assert(sizeof(ArenaSlot) == 64 && offsetof(ArenaSlot, checksum) == 56);
 
+// --- Scrub (scrub.md) ----------------------------------------------------------------------------
+
+inline constexpr std::array<uint8_t, 8> kScrubMagic = {'S', 'T', 'L', 'S', 'C', 'R', 'U', 'B'};
+inline constexpr uint32_t kScrubVersion = 1;
+
+/// One pass over the store, as far as it has come.
+struct ScrubPassRecord {
+    U64Le started_ns;  ///< Since 1970, UTC; 0: there was none.
+    U64Le ended_ns;    ///< 0: it is not complete.
+    U64Le bytes;       ///< Read.
+    U64Le entries;     ///< Chunks and objects checked.
+    U64Le damaged;     ///< Of those.
+};
+static_assert(sizeof(ScrubPassRecord) == 40);
+
+/// The whole of the file.
+struct ScrubFile {
+    std::array<uint8_t, 8> magic;
+    U32Le version;
+    U32Le end_segment;  ///< The present pass ends with this one.
+    std::array<uint8_t, 16> store;
+    U64Le next;      ///< Address at which the present pass goes on; 0: there is none.
+    U64Le first_ns;  ///< When the schedule began, since 1970, UTC.
+    ScrubPassRecord present;
+    ScrubPassRecord last;  ///< The last one that was completed.
+    U64Le checksum;        ///< Of the bytes before it.
+};
+static_assert(sizeof(ScrubFile) == 136, "below one sector, so that it is written whole or not");
+
 }  // namespace stellarium::nova::format

@@ -84,6 +84,17 @@ inline constexpr uint64_t kMaxRememberedNodes = uint64_t{1} << 20;
 /// Damaged ranges of one volume that are looked for.
 inline constexpr uint64_t kMaxBadRanges = 65'536;
 
+/// Damaged chunks that are listed with their users.
+inline constexpr size_t kMaxDamageListed = 1000;
+
+// Scrub.
+inline constexpr uint64_t kScrubStepBytes = uint64_t{1} << 20;  ///< Read without a pause.
+/// The position is written down after so much, and at the end.
+inline constexpr uint64_t kScrubSaveBytes = uint64_t{64} << 20;
+inline constexpr std::chrono::seconds kScrubSaveInterval{10};
+/// The schedule is looked at so often.
+inline constexpr std::chrono::seconds kScrubCheckInterval{60};
+
 // Reading.
 inline constexpr uint64_t kMaxReadRunBytes = uint64_t{2} << 20;  ///< One read of the store.
 /// How often one read looks up addresses that a garbage collection has made stale meanwhile. Each

@@ -14,6 +14,7 @@
 #include <absl/container/flat_hash_map.h>
 #include <fmt/format.h>
 
+#include "nebula/reserve.h"
 #include "nova/arena.h"
 #include "nova/catalog.h"
 #include "nova/chunk_users.h"
@@ -27,6 +28,7 @@
 #include "nova/limits.h"
 #include "nova/reader.h"
 #include "nova/records.h"
+#include "nova/scrubber.h"
 #include "nova/tree.h"
 #include "nova/volume.h"
 
@@ -90,7 +92,8 @@ class PoolImpl final : public Pool, public DeviceOwner {
           options_(options),
           store_(std::move(store)),
           cache_(options.node_cache_bytes),
-          catalog_(*store_, cache_) {}
+          catalog_(*store_, cache_),
+          scrubber_(env_, *store_) {}
     ~PoolImpl() override { stop_threads(); }
 
     Result<void> recover();
@@ -129,6 +132,8 @@ class PoolImpl final : public Pool, public DeviceOwner {
     PoolStats stats() const override;
     Result<void> checkpoint() override;
     Result<GcReport> gc(const GcOptions& options) override;
+    Result<ScrubPass> scrub(const ScrubOptions& options) override;
+    Result<DamageReport> damage(const std::function<bool()>& cancelled) override;
     std::optional<std::string> read_only_reason() const override;
     std::vector<std::string> warnings() const override;
     std::array<uint8_t, 16> uuid() const override { return store_->uuid(); }
@@ -145,6 +150,7 @@ class PoolImpl final : public Pool, public DeviceOwner {
     // Recovery.
     Result<void> open_arena();
     Result<void> adopt_foreign_arena(std::unique_ptr<Arena> arena);
+    void use_arena(std::unique_ptr<Arena> arena, const ArenaRecord& named);
     void warn_of_damage();
     Result<void> refuse_stale(const ArenaRecord& arena);
     std::unique_ptr<Committer> make_committer(Arena& arena, bool background);
@@ -202,6 +208,11 @@ class PoolImpl final : public Pool, public DeviceOwner {
     bool is_space_low(const io::FileSystemSpace& space) const;
     void run_collections();
     bool is_collection_due();
+    uint64_t damaged_chunks() const;
+    Result<ScrubPass> scrub_locked(const ScrubOptions& options, double share_of_time);
+    void notice_damage();
+    bool is_scrub_due();
+    void run_scrubs();
     void notice(const std::string& sentence) const {
         if (options_.notice) {
             options_.notice(sentence);
@@ -254,6 +265,18 @@ class PoolImpl final : public Pool, public DeviceOwner {
     // Of the collecting thread, monotonic: no collection before. Far past: at once.
     std::chrono::nanoseconds collect_not_before_ = std::chrono::nanoseconds::min();
     std::chrono::nanoseconds collect_for_space_not_before_ = std::chrono::nanoseconds::min();
+
+    Scrubber scrubber_;
+    std::mutex scrubbing_;  ///< One pass at a time.
+    std::thread scrubs_;
+    mutable std::mutex scrub_mutex_;
+    std::condition_variable scrub_work_;
+    bool scrub_stopping_ = false;   ///< Guarded by scrub_mutex_.
+    bool scrub_scheduled_ = false;  ///< The one that runs is, and gives way. Guarded by it.
+    unsigned scrubs_waiting_ = 0;   ///< For the scheduled one to stop. Guarded by it.
+    // Of the scheduling thread, monotonic: no pass before.
+    std::chrono::nanoseconds scrub_not_before_ = std::chrono::nanoseconds::min();
+
     /// Dead bytes after which the collecting thread looks again; commits wake it.
     std::atomic<uint64_t> gc_wake_bytes_{0};
 };
@@ -395,10 +418,15 @@ Result<void> PoolImpl::recover() {
     STELLARIUM_TRY(store_->replay(sink));
     STELLARIUM_TRY(open_arena());
     warn_of_damage();
+    scrubber_.load();
     committer_->start();
     if (options_.background && !read_only_reason()) {
         maintenance_ = std::thread([this] { run_maintenance(); });
         collections_ = std::thread([this] { run_collections(); });
+        if (options_.scrub.every.count() > 0) {
+            scrubber_.begin_schedule();
+            scrubs_ = std::thread([this] { run_scrubs(); });
+        }
     }
     return {};
 }
@@ -453,26 +481,23 @@ Result<void> PoolImpl::open_arena() {
                                 why));
             }
         } else if (named.path == own_path) {
-            arena_ = *std::move(found);
-            committer_ = make_committer(*arena_, options_.background);
-            for (const Arena::Found& slot : arena_->adopt()) {
-                const EntityPtr entity = catalog_.find(slot.volume);
-                if (entity && entity->kind == EntityKind::kVolume && entity->state().damage) {
-                    withheld_[entity->id].push_back(slot.slot);
-                } else if (entity && entity->kind == EntityKind::kVolume) {
-                    run(entity)->adopt(slot);
-                } else {
-                    arena_->retire(slot.slot);
-                    arena_->release(slot.slot);
-                }
-            }
-            arena_record_ = {.id = arena_->identity(), .closed = false, .path = own_path};
-            if (named.closed || named.id != arena_record_.id) {
-                announce_arena();
-            }
+            use_arena(*std::move(found), named);
             return {};
-        } else {
-            STELLARIUM_TRY(adopt_foreign_arena(*std::move(found)));
+        } else if (auto adopted = adopt_foreign_arena(*std::move(found)); !adopted) {
+            if (adopted.error().code() != ErrorCode::kNoSpace) {
+                return adopted;
+            }
+            // What it holds has no room in the log yet: it stays where it is, and is read there.
+            STELLARIUM_ASSIGN(found, Arena::open_file(env_, named.path, owner, named.id, why));
+            if (*found == nullptr) {
+                return adopted;
+            }
+            own_warnings_.push_back(
+                fmt::format("the disk is full, and acknowledged writes stay in {}: remove volumes "
+                            "and collect garbage, or make room",
+                            named.path));
+            use_arena(*std::move(found), named);
+            return {};
         }
     }
     env_.random->fill(std::as_writable_bytes(std::span(arena_record_.id)));
@@ -504,6 +529,7 @@ Result<void> PoolImpl::open_arena() {
                                        arena_record_.id, same_place ? named.id : Identity{}));
     committer_ = make_committer(*arena_, options_.background);
     committer_->announce(PendingRecord::of(arena_record_));
+    const nebula::ReserveScope reserve;
     const auto logged = committer_->commit_announced();
     if (!logged) {
         // Whoever comes next finds it at the place that the log names, as the successor of the one
@@ -516,8 +542,30 @@ Result<void> PoolImpl::open_arena() {
     return store_->sync(*logged);
 }
 
+/// Goes on with an arena that the last process left, where it is.
+void PoolImpl::use_arena(std::unique_ptr<Arena> arena, const ArenaRecord& named) {
+    arena_ = std::move(arena);
+    committer_ = make_committer(*arena_, options_.background);
+    for (const Arena::Found& slot : arena_->adopt()) {
+        const EntityPtr entity = catalog_.find(slot.volume);
+        if (entity && entity->kind == EntityKind::kVolume && entity->state().damage) {
+            withheld_[entity->id].push_back(slot.slot);
+        } else if (entity && entity->kind == EntityKind::kVolume) {
+            run(entity)->adopt(slot);
+        } else {
+            arena_->retire(slot.slot);
+            arena_->release(slot.slot);
+        }
+    }
+    arena_record_ = {.id = arena_->identity(), .closed = false, .path = named.path};
+    if (named.closed || named.id != arena_record_.id) {
+        announce_arena();
+    }
+}
+
 /// Says in the log what `arena_record_` says, now if there is room, else with the next batch.
 void PoolImpl::announce_arena() {
+    const nebula::ReserveScope reserve;
     committer_->announce(PendingRecord::of(arena_record_));
     const auto ignored = committer_->commit_announced();
     static_cast<void>(ignored);
@@ -630,6 +678,14 @@ void PoolImpl::drop_withheld(uint64_t id) {
 
 void PoolImpl::stop_threads() {
     {
+        const std::lock_guard lock(scrub_mutex_);
+        scrub_stopping_ = true;
+        scrub_work_.notify_all();
+    }
+    if (scrubs_.joinable()) {
+        scrubs_.join();
+    }
+    {
         const std::lock_guard lock(gc_mutex_);
         gc_stopping_ = true;
         gc_work_.notify_all();
@@ -671,16 +727,30 @@ Result<void> PoolImpl::close() {
         stop_threads();
         return store_->close();
     }
+    // On a full disk what is dirty stays in the arena, for the next process, if it can.
+    bool left_dirty = false;
     for (const auto& volume : volumes) {
         const std::lock_guard lock(volume->entity()->commit_mutex);
-        STELLARIUM_TRY(committer_->commit(std::span(&volume, 1), {}));
+        if (auto committed = committer_->commit(std::span(&volume, 1), {}); !committed) {
+            if (committed.error().code() != ErrorCode::kNoSpace || arena_->path().empty()) {
+                return std::unexpected(std::move(committed).error());
+            }
+            left_dirty = true;
+        }
     }
     stop_threads();
     if (store_->bytes_since_checkpoint() > kCloseCheckpointBytes) {
-        STELLARIUM_TRY(checkpoint());
+        if (auto made = checkpoint(); !made && made.error().code() != ErrorCode::kNoSpace) {
+            return made;
+        }
     }
     STELLARIUM_TRY(store_->sync(store_->sequence()));
-    if (!arena_->path().empty()) {
+    if (left_dirty) {
+        notice(
+            fmt::format("the disk is full: {} bytes of acknowledged writes stay in {} for the "
+                        "next start, as long as this system is not booted again",
+                        arena_->used_bytes(), arena_->path()));
+    } else if (!arena_->path().empty()) {
         // Everything is in the log and durable. A file that is left over all the same holds
         // nothing.
         arena_record_.closed = true;
@@ -1077,6 +1147,8 @@ Result<void> PoolImpl::remove_entities(const std::vector<EntityPtr>& entities) {
         for (const EntityPtr& entity : ordered) {
             locks.emplace_back(entity->commit_mutex);
         }
+        // What makes room must work where there is none.
+        const nebula::ReserveScope reserve;
         STELLARIUM_ASSIGN(sequence, commit_alone(records));
         for (const EntityPtr& entity : entities) {
             if (const auto volume = running(entity)) {
@@ -1333,6 +1405,10 @@ Result<void> PoolImpl::set_attachment(std::string_view source,
     {
         const std::lock_guard lock(operations_);
         STELLARIUM_ASSIGN(const EntityPtr entity, catalog_.find(source));
+        std::optional<nebula::ReserveScope> reserve;
+        if (!record) {
+            reserve.emplace();  // It comes before a removal.
+        }
         AttachmentChangeRecord change{.id = entity->id, .body = std::nullopt};
         if (record) {
             change.body = AttachmentRecordBody{.label = std::move(record->label),
@@ -1392,6 +1468,12 @@ PoolStats PoolImpl::stats() const {
         stats.gc = gc_stats_;
     }
     stats.gc.reclaimable_bytes = reclaimable_bytes(stats.store);
+    stats.scrub = scrubber_.stats();
+    stats.scrub.total_bytes = stats.store.unique_bytes;
+    stats.scrub.damaged_chunks = damaged_chunks();
+    if (options_.background && options_.scrub.every.count() > 0) {
+        stats.scrub.next_due = scrubber_.due(options_.scrub.every);
+    }
     return stats;
 }
 
@@ -1411,6 +1493,17 @@ std::vector<std::string> PoolImpl::warnings() const {
     std::vector<std::string> all = store_->warnings();
     const std::lock_guard lock(warnings_mutex_);
     all.insert(all.end(), own_warnings_.begin(), own_warnings_.end());
+    if (store_->stats().disk_full) {
+        all.emplace_back(
+            "the disk is full, and writes fail: remove volumes and collect garbage, or make room; "
+            "writing goes on then");
+    }
+    if (const uint64_t damaged = damaged_chunks(); damaged > 0) {
+        all.push_back(
+            fmt::format("{} chunk{} damaged: `stellarctl scrub --status` says where, and "
+                        "which images, volumes and snapshots that concerns",
+                        damaged, damaged == 1 ? " is" : "s are"));
+    }
     return all;
 }
 
@@ -1437,7 +1530,10 @@ Result<void> PoolImpl::fold_where_due() {
 
 Result<void> PoolImpl::checkpoint() {
     const std::lock_guard one(checkpoint_mutex_);
-    STELLARIUM_TRY(fold_where_due());
+    // On a full disk a shorter replay is worth the reserve, and folding is not.
+    if (auto folded = fold_where_due(); !folded && folded.error().code() != ErrorCode::kNoSpace) {
+        return folded;
+    }
     STELLARIUM_TRY(make_checkpoint());
     return {};
 }
@@ -1453,6 +1549,7 @@ Result<PoolImpl::Checkpoint> PoolImpl::make_checkpoint() {
         sequence = store_->sequence();
         made.frozen = catalog_.freeze();
     }
+    const nebula::ReserveScope reserve;
     STELLARIUM_ASSIGN(made.payload, Catalog::save(*store_, made.frozen));
     STELLARIUM_TRY(store_->checkpoint(sequence, made.payload));
     published_payload_ = made.payload;
@@ -1473,6 +1570,7 @@ Result<Collector::Published> PoolImpl::begin_collection() {
     STELLARIUM_ASSIGN(Checkpoint made, make_checkpoint());
     published.frozen = std::move(made.frozen);
     published.payload = std::move(made.payload);
+    const nebula::ReserveScope reserve;
     // Whoever leases from here on has what was frozen, or what is newer and kept by the barrier.
     published.leased = leases_.all();
     for (const auto& [what, state] : published.leased) {
@@ -1607,6 +1705,193 @@ void PoolImpl::run_collections() {
         lock.lock();
         if (!gc_stopping_) {
             gc_work_.wait_for(lock, kSpaceCheckInterval);
+        }
+    }
+}
+
+// --- Scrub ---------------------------------------------------------------------------------------
+
+uint64_t PoolImpl::damaged_chunks() const {
+    if (store_->stats().damaged_chunks == 0) {
+        return 0;
+    }
+    // Some may have another copy by now.
+    const auto damaged = store_->damaged();
+    return damaged ? damaged->size() : store_->stats().damaged_chunks;
+}
+
+Result<ScrubPass> PoolImpl::scrub(const ScrubOptions& options) {
+    std::unique_lock one(scrubbing_, std::try_to_lock);
+    if (!one.owns_lock()) {
+        // The scheduled one gives way: this one goes on where it stops.
+        {
+            const std::lock_guard lock(scrub_mutex_);
+            if (!scrub_scheduled_ || scrubs_waiting_ > 0) {
+                return fail(ErrorCode::kBusy, "a scrub is running already");
+            }
+            ++scrubs_waiting_;
+        }
+        one.lock();
+        const std::lock_guard lock(scrub_mutex_);
+        --scrubs_waiting_;
+    }
+    return scrub_locked(options, /*share_of_time=*/1);
+}
+
+/// scrubbing_ is held.
+Result<ScrubPass> PoolImpl::scrub_locked(const ScrubOptions& options, double share_of_time) {
+    ScrubOptions with_stop = options;
+    with_stop.cancelled = [this, &options] {
+        if (options.cancelled && options.cancelled()) {
+            return true;
+        }
+        const std::lock_guard lock(scrub_mutex_);
+        return scrub_stopping_;
+    };
+    uint64_t found = 0;
+    auto pass = scrubber_.run(with_stop, share_of_time, [&](const nebula::DamagedChunk& bad) {
+        if (++found <= kMaxDamageListed) {
+            notice(fmt::format("scrub: {}", bad.reason));
+        }
+    });
+    if (found > 0 && !read_only_reason()) {
+        // So that it is remembered. On a full disk the next checkpoint has to do it.
+        [[maybe_unused]] const auto best_effort = checkpoint();
+    }
+    if (found > 0) {
+        notice_damage();
+    }
+    if (pass) {
+        notice(fmt::format("scrub: {} chunks of {} bytes were read and checked, {} damaged",
+                           pass->entries, pass->bytes,
+                           pass->damaged == 0 ? "none is" : fmt::format("{} are", pass->damaged)));
+    }
+    return pass;
+}
+
+/// Says in the log who suffers.
+void PoolImpl::notice_damage() {
+    if (!options_.notice) {
+        return;
+    }
+    const auto report = damage([this] {
+        const std::lock_guard lock(scrub_mutex_);
+        return scrub_stopping_;
+    });
+    if (!report) {
+        return;
+    }
+    std::map<std::string, uint64_t> bytes;
+    for (const ChunkDamage& each : report->listed) {
+        for (const ChunkUser& user : each.users) {
+            const std::string name = user.kind
+                                         ? fmt::format("{} '{}'", kind_name(*user.kind), user.name)
+                                         : std::string("the list of all volumes and images");
+            for (const BadRange& range : user.bad.ranges) {
+                bytes[name] += range.length_bytes;
+            }
+        }
+    }
+    for (const auto& [name, count] : bytes) {
+        notice(
+            fmt::format("damage: {} bytes of {} cannot be read; `stellarctl scrub --status` "
+                        "names the ranges",
+                        count, name));
+    }
+}
+
+Result<DamageReport> PoolImpl::damage(const std::function<bool()>& cancelled) {
+    STELLARIUM_ASSIGN(std::vector<nebula::DamagedChunk> damaged, store_->damaged());
+    DamageReport report{.chunks = damaged.size(), .listed = {}};
+    if (damaged.empty()) {
+        return report;
+    }
+    std::vector<ChunkId> ids;
+    absl::flat_hash_map<ChunkId, size_t, Hash256Hasher> places;
+    for (nebula::DamagedChunk& chunk : damaged) {
+        ids.push_back(chunk.id);
+        if (report.listed.size() < kMaxDamageListed &&
+            places.try_emplace(chunk.id, report.listed.size()).second) {
+            report.listed.push_back({.chunk = std::move(chunk), .users = {}});
+        }
+    }
+    std::ranges::sort(ids);
+    STELLARIUM_TRY(chunk_users(
+        ids,
+        [&](const ChunkUser& user) -> Result<void> {
+            std::map<size_t, ChunkUser> parts;
+            for (const BadRange& range : user.bad.ranges) {
+                const auto place = places.find(range.cause);
+                if (place != places.end()) {
+                    auto& part = parts[place->second];
+                    part.bad.ranges.push_back(range);
+                } else if (!std::ranges::binary_search(ids, range.cause) &&
+                           report.listed.size() < kMaxDamageListed) {
+                    // A node that turned out to be unreadable on the way.
+                    places.emplace(range.cause, report.listed.size());
+                    parts[report.listed.size()].bad.ranges.push_back(range);
+                    ChunkDamage node;
+                    node.chunk.id = range.cause;
+                    node.chunk.reason =
+                        fmt::format("node {} of a tree cannot be read", range.cause.hex());
+                    report.listed.push_back(std::move(node));
+                    ++report.chunks;
+                }
+            }
+            for (auto& [place, part] : parts) {
+                part.kind = user.kind;
+                part.id = user.id;
+                part.name = user.name;
+                part.bad.complete = user.bad.complete;
+                report.listed[place].users.push_back(std::move(part));
+            }
+            return {};
+        },
+        cancelled));
+    return report;
+}
+
+bool PoolImpl::is_scrub_due() {
+    return env_.clock->monotonic() >= scrub_not_before_ &&
+           env_.clock->wall() >= scrubber_.due(options_.scrub.every);
+}
+
+void PoolImpl::run_scrubs() {
+    std::unique_lock lock(scrub_mutex_);
+    while (!scrub_stopping_) {
+        lock.unlock();
+        const bool due = is_scrub_due();
+        if (due) {
+            if (const std::unique_lock one(scrubbing_, std::try_to_lock); one.owns_lock()) {
+                lock.lock();
+                scrub_scheduled_ = true;
+                lock.unlock();
+                // Spread over half of the time that there is.
+                const ScrubPolicy& policy = options_.scrub;
+                const uint64_t spread =
+                    store_->stats().stored_bytes /
+                    std::max<uint64_t>(1, static_cast<uint64_t>(policy.every.count()) / 2);
+                ScrubOptions options;
+                options.rate_bytes_per_second =
+                    std::min(std::max(spread, policy.least_rate_bytes_per_second),
+                             policy.rate_bytes_per_second);
+                options.cancelled = [this] {
+                    const std::lock_guard inner(scrub_mutex_);
+                    return scrubs_waiting_ > 0;
+                };
+                const auto pass = scrub_locked(options, policy.share_of_time);
+                if (!pass && pass.error().code() != ErrorCode::kCancelled) {
+                    scrub_not_before_ = env_.clock->monotonic() + std::chrono::hours(1);
+                    notice(fmt::format("scrub stopped: {}", pass.error().message()));
+                }
+                lock.lock();
+                scrub_scheduled_ = false;
+                lock.unlock();
+            }
+        }
+        lock.lock();
+        if (!scrub_stopping_) {
+            scrub_work_.wait_for(lock, kScrubCheckInterval);
         }
     }
 }

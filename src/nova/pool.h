@@ -131,9 +131,56 @@ struct GcStats {
     std::string last_error;                 ///< Of the last one, if it failed.
 };
 
+/// When the pool is scrubbed by itself. Only with PoolOptions::background.
+struct ScrubPolicy {
+    /// A pass begins this long after the last one did, the first one so long after the pool was
+    /// first opened with a schedule; it is spread over half of that time. 0: never.
+    std::chrono::seconds every{0};
+    /// Read by it per second at most.
+    uint64_t rate_bytes_per_second = uint64_t{64} << 20;
+    /// At least this much a second, however long the pass may take.
+    uint64_t least_rate_bytes_per_second = uint64_t{4} << 20;
+    /// It reads during this share of the time at most, so that it leaves a disk that is slow,
+    /// because guests use it, to them.
+    double share_of_time = 0.2;
+};
+
+/// One pass over everything that is stored, as far as it has come.
+struct ScrubPass {
+    std::chrono::nanoseconds started{};  ///< Since 1970, UTC.
+    std::chrono::nanoseconds ended{};    ///< 0: it is not complete.
+    uint64_t bytes = 0;                  ///< Read and checked.
+    uint64_t entries = 0;                ///< Chunks and objects checked.
+    uint64_t damaged = 0;                ///< Of those, found damaged without another copy.
+};
+
+struct ScrubOptions {
+    bool restart = false;                ///< From the start, and not where the last one stopped.
+    uint64_t rate_bytes_per_second = 0;  ///< Read; 0: as fast as it goes.
+    /// Called now and then by the thread that scrubs, with the pass and what it may come to.
+    std::function<void(const ScrubPass&, uint64_t total_bytes)> progress{};
+    /// Asked now and then; true: stop, with kCancelled. The next one goes on there.
+    std::function<bool()> cancelled{};
+};
+
+/// Scrubbing, as of now.
+struct ScrubStats {
+    bool running = false;
+    std::optional<ScrubPass> present;  ///< Running, or interrupted.
+    uint64_t total_bytes = 0;          ///< What a pass reads, about.
+    std::optional<ScrubPass> last;     ///< The last one that was completed, of any process.
+    uint64_t checked_bytes = 0;        ///< Since the pool was opened.
+    uint64_t passes = 0;               ///< Completed since then.
+    /// Chunks and objects known to be damaged, found by whomever, that have no other copy.
+    uint64_t damaged_chunks = 0;
+    std::chrono::nanoseconds next_due{};  ///< By schedule, since 1970, UTC; 0: there is none.
+    std::string last_error;               ///< Why the last one stopped, if it failed.
+};
+
 struct PoolStats {
     nebula::StoreStats store;
     GcStats gc;
+    ScrubStats scrub;
     io::FileSystemSpace space;  ///< Of the file system that the store is on; zeros: not known.
     bool space_low = false;     ///< See GcPolicy::low_space_share.
     uint64_t images = 0;
@@ -161,6 +208,7 @@ struct PoolOptions {
     uint64_t checkpoint_bytes = uint64_t{512} << 20;
     unsigned hash_threads = 0;  ///< For imports; 0: one a core, at most 8.
     GcPolicy gc{};
+    ScrubPolicy scrub{};
     /// Told what an operator should see in a log: warnings of a full disk, collections that were
     /// made or failed. Called from background threads.
     std::function<void(const std::string& sentence)> notice{};
@@ -229,6 +277,19 @@ struct ChunkUser {
     uint64_t id = 0;
     std::string name;  ///< For a snapshot: "VOLUME@SNAPSHOT".
     BadRanges bad;
+};
+
+/// A damaged chunk, object or node, and what cannot be read for it.
+struct ChunkDamage {
+    nebula::DamagedChunk chunk;
+    /// With the ranges that this one is the cause of. Empty: nothing needs it, and the next garbage
+    /// collection frees it.
+    std::vector<ChunkUser> users;
+};
+/// All damage that is known.
+struct DamageReport {
+    uint64_t chunks = 0;              ///< How many there are; see ScrubStats::damaged_chunks.
+    std::vector<ChunkDamage> listed;  ///< At most kMaxDamageListed of them.
 };
 
 struct AttachOptions {
@@ -321,6 +382,14 @@ class Pool {
     /// else goes on meanwhile. kBusy: another one is running. kCorrupt names what is damaged; then
     /// nothing was freed.
     virtual Result<GcReport> gc(const GcOptions& options) = 0;
+    /// Reads everything that is stored at the time from the disk and checks it, beside everything
+    /// else; goes on where the last pass, of any process, was stopped. Returns the pass when it is
+    /// complete. What is damaged is remembered, is not used for deduplication, and heals when the
+    /// same content is written or imported again; see damage(). kBusy: another one is running, and
+    /// not by schedule. Works on a read-only pool, which remembers nothing.
+    virtual Result<ScrubPass> scrub(const ScrubOptions& options) = 0;
+    /// What is known to be damaged, and who uses it. Walks all trees when anything is.
+    virtual Result<DamageReport> damage(const std::function<bool()>& cancelled) = 0;
     virtual std::optional<std::string> read_only_reason() const = 0;
     virtual std::vector<std::string> warnings() const = 0;
     virtual std::array<uint8_t, 16> uuid() const = 0;

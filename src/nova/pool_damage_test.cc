@@ -2,6 +2,7 @@
 // not known to be right.
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -10,6 +11,7 @@
 #include <random>
 #include <span>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "base/test_scale.h"
@@ -256,7 +258,7 @@ TEST(PoolDamage, AVolumeThatCannotBeReplayedIsDamagedAndNoOther) {
         EXPECT_EQ(export_all(*copy, "a"), std::vector<std::byte>(8 * kMiB));
         copy.close();
         must(copy.open());
-        EXPECT_EQ(count_warnings(*copy, "damaged"), 0U);
+        EXPECT_EQ(count_warnings(*copy, "damaged and not shown"), 0U);
         EXPECT_EQ(export_all(*copy, "a"), std::vector<std::byte>(8 * kMiB));
     });
     EXPECT_GE(damaged, 1U);
@@ -574,6 +576,169 @@ TEST(PoolDamage, TheListOfVolumesIsNamedWhenItIsDamaged) {
         EXPECT_LE(bad.size(), 1U);
     }
     EXPECT_GT(lists, 0U);
+}
+
+// --- Scrub ---------------------------------------------------------------------------------------
+
+/// Stops a scrub after its first step.
+ScrubOptions one_step() {
+    ScrubOptions options;
+    auto steps = std::make_shared<int>(0);
+    options.progress = [steps](const ScrubPass&, uint64_t) { ++*steps; };
+    options.cancelled = [steps] { return *steps > 0; };
+    return options;
+}
+
+TEST(PoolScrub, GoesOnWhereItStoppedInAnotherProcess) {
+    TestPool pool;
+    import_image(*pool, "image", random_bytes(6 * kMiB, 1));
+    const ScrubPass whole = must(pool->scrub({}));
+    EXPECT_GE(whole.bytes, 6 * kMiB);
+    EXPECT_GT(whole.ended.count(), 0);
+    EXPECT_EQ(pool->stats().scrub.passes, 1U);
+
+    uint64_t here = 0;
+    for (int process = 0; process < 3; ++process) {
+        EXPECT_EQ(code_of(pool->scrub(one_step())), ErrorCode::kCancelled);
+        const ScrubStats stats = pool->stats().scrub;
+        ASSERT_TRUE(stats.present);
+        EXPECT_FALSE(stats.running);
+        EXPECT_LT(stats.present->bytes, whole.bytes);
+        EXPECT_GT(stats.present->bytes, here);
+        EXPECT_EQ(stats.last->bytes, whole.bytes);
+        here = stats.present->bytes;
+        pool.kill();
+    }
+    const ScrubPass rest = must(pool->scrub({}));
+    EXPECT_EQ(rest.bytes, whole.bytes);
+    EXPECT_EQ(rest.entries, whole.entries);
+    EXPECT_EQ(pool->stats().scrub.checked_bytes, whole.bytes - here);
+    EXPECT_FALSE(pool->stats().scrub.present);
+
+    EXPECT_EQ(code_of(pool->scrub(one_step())), ErrorCode::kCancelled);
+    const uint64_t before = pool->stats().scrub.checked_bytes;
+    must(pool->scrub({.restart = true}));
+    EXPECT_EQ(pool->stats().scrub.checked_bytes - before, whole.bytes);
+
+    // A position of another store, or damaged, is none.
+    EXPECT_EQ(code_of(pool->scrub(one_step())), ErrorCode::kCancelled);
+    pool.close();
+    pool.machine().files().damage("/pool/scrub", 40, 1, 1);
+    pool.open();
+    EXPECT_FALSE(pool->stats().scrub.present);
+    EXPECT_EQ(must(pool->scrub({})).bytes, whole.bytes);
+}
+
+TEST(PoolScrub, EndsAlthoughOthersWrite) {
+    TestPool pool;
+    import_image(*pool, "image", random_bytes(6 * kMiB, 1));
+    must(pool->create_volume("v", 256 * kMiB));
+    auto device = must(pool->attach("v", {}));
+    uint64_t written = 0;
+    // For each step of the scrub twice as much is written.
+    ScrubOptions options;
+    options.progress = [&](const ScrubPass&, uint64_t) {
+        for (int i = 0; i < 2; ++i) {
+            must(write(*device, written, random_bytes(kMiB, written)));
+            written += kMiB;
+        }
+        must(flush(*device));
+        ASSERT_LT(written, 100 * kMiB);
+    };
+    const ScrubPass pass = must(pool->scrub(options));
+    EXPECT_GE(pass.bytes, 6 * kMiB);
+    EXPECT_EQ(pass.damaged, 0U);
+}
+
+TEST(PoolScrub, DamageIsNamedUntilTheSameContentComesAgain) {
+    TestPool pool;
+    const auto content = random_bytes(kMiB, 1);
+    import_image(*pool, "image", content);
+    must(pool->clone("image", {"a"}));
+    must(pool->create_snapshot("a", "s"));
+    {
+        auto device = must(pool->attach("a", {}));
+        must(write(*device, 0, random_bytes(kMiB / 2, 2)));  // Hides the first half.
+    }
+    // Somewhere in the second half of the image.
+    pool.machine().files().damage(kSegment, kMiB * 3 / 4, 1, 1);
+    std::vector<std::string> notices;
+    must(pool->checkpoint());
+    pool.close();
+    pool.options().notice = [&notices](const std::string& text) { notices.push_back(text); };
+    pool.open();
+    EXPECT_TRUE(must(pool->damage({})).listed.empty()) << "nobody has looked";
+    EXPECT_EQ(must(pool->scrub({})).damaged, 1U);
+    for (int round = 0; round < 2; ++round) {
+        const DamageReport report = must(pool->damage({}));
+        ASSERT_EQ(report.chunks, 1U);
+        const ChunkDamage& bad = report.listed.at(0);
+        EXPECT_EQ(bad.chunk.file, kSegment);
+        EXPECT_LE(bad.chunk.offset_bytes, kMiB * 3 / 4);
+        EXPECT_GT(bad.chunk.offset_bytes + nebula::kMaxChunkBytes, kMiB * 3 / 4);
+        ASSERT_EQ(bad.users.size(), 3U);
+        for (size_t i = 0; i < 3; ++i) {
+            const std::array<std::string, 3> names{"image", "a", "a@s"};
+            EXPECT_EQ(bad.users[i].name, names.at(i));
+            ASSERT_EQ(bad.users[i].bad.ranges.size(), 1U);
+            EXPECT_GE(bad.users[i].bad.ranges[0].offset_bytes, kMiB / 2);
+        }
+        EXPECT_EQ(pool->stats().scrub.damaged_chunks, 1U);
+        EXPECT_EQ(count_warnings(*pool, "1 chunk is damaged"), 1U);
+        pool.kill();
+    }
+    const auto said = [&](const std::string& part) {
+        return std::ranges::any_of(
+            notices, [&](const std::string& text) { return text.find(part) != std::string::npos; });
+    };
+    EXPECT_TRUE(said("scrub: /pool/segments/0000001.seg at offset"));
+    EXPECT_TRUE(said("bytes of volume 'a' cannot be read"));
+    EXPECT_TRUE(said("bytes of snapshot 'a@s' cannot be read"));
+
+    import_image(*pool, "again", content);
+    EXPECT_EQ(must(pool->damage({})).chunks, 0U);
+    EXPECT_EQ(must(pool->scrub({.restart = true})).damaged, 0U);
+    EXPECT_EQ(count_warnings(*pool, "damaged"), 0U);
+    EXPECT_TRUE(export_all(*pool, "image") == content);
+    must(pool->gc({}));
+    EXPECT_EQ(pool->stats().store.damaged_chunks, 0U);
+    EXPECT_TRUE(export_all(*pool, "a@s") == content);
+}
+
+TEST(PoolScrub, RunsByScheduleAndGivesWay) {
+    PoolOptions options = TestPool::small_options();
+    options.background = true;
+    options.scrub.every = std::chrono::hours(24);
+    TestPool pool(1, options);
+    import_image(*pool, "image", random_bytes(2 * kMiB, 1));
+    const auto first_due = pool->stats().scrub.next_due;
+    EXPECT_GE(first_due, pool.machine().clock().wall());
+    pool.reopen();
+    EXPECT_EQ(pool->stats().scrub.next_due, first_due) << "a restart does not put it off";
+    EXPECT_EQ(pool->stats().scrub.passes, 0U);
+    pool.close();
+    pool.machine().clock().advance(std::chrono::hours(25));
+    pool.open();
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(120);
+    while (pool->stats().scrub.passes == 0 && std::chrono::steady_clock::now() < deadline) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
+    const ScrubStats stats = pool->stats().scrub;
+    EXPECT_EQ(stats.passes, 1U);
+    EXPECT_GE(stats.checked_bytes, 2 * kMiB);
+    EXPECT_GE(stats.next_due, first_due + std::chrono::hours(24));
+
+    // One that is asked for takes over from the scheduled one, which is slow.
+    pool.close();
+    pool.machine().clock().advance(std::chrono::hours(25));
+    pool.options().scrub.rate_bytes_per_second = 1;
+    pool.options().scrub.least_rate_bytes_per_second = 1;
+    pool.open();
+    while (!pool->stats().scrub.present && std::chrono::steady_clock::now() < deadline) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
+    EXPECT_GE(must(pool->scrub({})).bytes, 2 * kMiB);
+    EXPECT_EQ(pool->stats().scrub.passes, 1U);
 }
 
 }  // namespace

@@ -211,6 +211,42 @@ TEST(TreeFormatPage, DumpsAreNodesThatDecode) {
     EXPECT_TRUE(bucket->table.extents.back().hole);
 }
 
+TEST(ScrubFormatPage, StructsAndDumpAreAsDocumented) {
+    using format::ScrubFile;
+    using format::ScrubPassRecord;
+    const Page page("scrub.md");
+    expect_struct(page, "ScrubFile", sizeof(ScrubFile),
+                  {STELLARIUM_FIELD(ScrubFile, magic), STELLARIUM_FIELD(ScrubFile, version),
+                   STELLARIUM_FIELD(ScrubFile, end_segment), STELLARIUM_FIELD(ScrubFile, store),
+                   STELLARIUM_FIELD(ScrubFile, next), STELLARIUM_FIELD(ScrubFile, first_ns),
+                   STELLARIUM_FIELD(ScrubFile, present), STELLARIUM_FIELD(ScrubFile, last),
+                   STELLARIUM_FIELD(ScrubFile, checksum)});
+    expect_struct(
+        page, "ScrubPassRecord", sizeof(ScrubPassRecord),
+        {STELLARIUM_FIELD(ScrubPassRecord, started_ns), STELLARIUM_FIELD(ScrubPassRecord, ended_ns),
+         STELLARIUM_FIELD(ScrubPassRecord, bytes), STELLARIUM_FIELD(ScrubPassRecord, entries),
+         STELLARIUM_FIELD(ScrubPassRecord, damaged)});
+    const auto dumps = page.dumps("Examples");
+    ASSERT_EQ(dumps.size(), 1U);
+    ScrubFile file{};
+    file.magic = format::kScrubMagic;
+    file.version = format::kScrubVersion;
+    file.end_segment = 5;
+    file.store.fill(0x11);
+    file.next = nebula::PageAddress::make(2, 77).value();
+    file.first_ns = 1'700'000'000'000'000'000;
+    file.present.started_ns = 1'700'000'100'000'000'000;
+    file.present.bytes = 70'000'000;
+    file.present.entries = 4000;
+    file.checksum = checksum64(bytes_of(file).first(offsetof(ScrubFile, checksum)));
+    std::string text;
+    for (size_t i = 0; i < sizeof(file); ++i) {
+        text += i % 16 == 0 ? fmt::format("\n{:04x} ", i) : std::string();
+        text += fmt::format(" {:02x}", static_cast<unsigned>(bytes_of(file)[i]));
+    }
+    EXPECT_TRUE(std::ranges::equal(dumps[0], bytes_of(file))) << "written now:" << text;
+}
+
 TEST(ArenaFormatPage, StructsAndConstantsAreAsDocumented) {
     using format::ArenaHeader;
     using format::ArenaSlot;

@@ -5,75 +5,14 @@
 #include <functional>
 #include <random>
 
-#include <fcntl.h>
-#include <signal.h>
-#include <spawn.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include "base/test_scale.h"
 #include "frontend/vhost_client/test_bench.h"
-
-extern char** environ;
+#include "test/system/vhost/process.h"
 
 namespace stellarium::vhost {
 namespace {
-
-class Process {
-  public:
-    /// Starts a program, found by its path, whose output (`output_fd`: 1 or 2) can be read here.
-    explicit Process(std::vector<std::string> words, int output_fd = STDOUT_FILENO) {
-        std::vector<char*> arguments;
-        arguments.reserve(words.size() + 1);
-        for (std::string& word : words) {
-            arguments.push_back(word.data());
-        }
-        arguments.push_back(nullptr);
-        std::array<int, 2> output{};
-        EXPECT_EQ(::pipe2(output.data(), O_CLOEXEC), 0);
-        output_ = UniqueFd(output[0]);
-        UniqueFd writer(output[1]);
-        posix_spawn_file_actions_t actions;
-        ::posix_spawn_file_actions_init(&actions);
-        ::posix_spawn_file_actions_adddup2(&actions, writer.get(), output_fd);
-        EXPECT_EQ(
-            ::posix_spawn(&pid_, words[0].c_str(), &actions, nullptr, arguments.data(), environ),
-            0);
-        ::posix_spawn_file_actions_destroy(&actions);
-    }
-    ~Process() { kill(); }
-    Process(const Process&) = delete;
-    Process& operator=(const Process&) = delete;
-
-    /// Reads until the output contains `text`. Its end would mean that the program has ended.
-    void wait_for(std::string_view text) {
-        std::string seen;
-        char next = 0;
-        while (seen.find(text) == std::string::npos) {
-            if (::read(output_.get(), &next, 1) != 1) {
-                ADD_FAILURE() << "it said: " << seen;
-                return;
-            }
-            seen += next;
-        }
-    }
-    /// Waits for its end, and returns how it was.
-    int wait() {
-        int status = -1;
-        ::waitpid(std::exchange(pid_, -1), &status, 0);
-        return status;
-    }
-    void kill() {
-        if (pid_ > 0) {
-            ::kill(pid_, SIGKILL);
-            wait();
-        }
-    }
-
-  private:
-    pid_t pid_ = -1;
-    UniqueFd output_;
-};
 
 /// A running vhost_memdisk.
 class ServerProcess : public Process {
