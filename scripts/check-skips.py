@@ -11,6 +11,7 @@ skips on machines that lack something:
 
 NEED is one of the probes below, for example `kvm`; where the probe succeeds, the skip is an error.
 """
+import ctypes
 import os
 import re
 import sys
@@ -31,6 +32,8 @@ PROBES = {
     # A KVM device that is there and still runs no Linux guest is found by the test's own probe.
     "working-kvm": lambda: False,
     "fuse": lambda: can_open("/dev/fuse"),
+    # landlock_create_ruleset, asked for its version.
+    "landlock": lambda: ctypes.CDLL(None).syscall(444, None, 0, 1) > 0,
     "root": lambda: os.geteuid() == 0,
     "loop-mount": lambda: os.geteuid() == 0 and can_open("/dev/loop-control"),
     # Tests that become another user must be able to start what was built.

@@ -118,10 +118,10 @@ Result<void> make_directories(const std::string& path) {
 
 namespace {
 
-/// Nobody but us, root and, for the last one, nobody at all could have put something else in its
-/// place or into it.
+/// Nobody but `owner`, root and, for the last one, nobody at all could have put something else in
+/// its place or into it.
 Result<void> check_component(const std::string& path, const struct stat& status, bool last,
-                             std::optional<gid_t> group) {
+                             std::optional<gid_t> group, uid_t owner) {
     if (!S_ISDIR(status.st_mode)) {
         return fail(ErrorCode::kInvalidArgument, fmt::format("{} is not a directory", path));
     }
@@ -129,7 +129,7 @@ Result<void> check_component(const std::string& path, const struct stat& status,
     if (!last) {
         // In a sticky directory others cannot touch what is ours.
         const bool safe = !others_write || (status.st_mode & S_ISVTX) != 0;
-        if (safe && (status.st_uid == 0 || status.st_uid == geteuid())) {
+        if (safe && (status.st_uid == 0 || status.st_uid == owner)) {
             return {};
         }
         return fail(ErrorCode::kPermissionDenied,
@@ -138,11 +138,11 @@ Result<void> check_component(const std::string& path, const struct stat& status,
                                 "(STELLARIUM_RUNTIME_DIR, --runtime-dir), or remove it",
                                 path, status.st_uid, status.st_mode & 07777));
     }
-    if (status.st_uid != geteuid() || others_write) {
+    if (status.st_uid != owner || others_write) {
         return fail(ErrorCode::kPermissionDenied,
                     fmt::format("directory {} must belong to user {} and be writable by nobody "
                                 "else; it belongs to user {} with mode {:o}",
-                                path, geteuid(), status.st_uid, status.st_mode & 07777));
+                                path, owner, status.st_uid, status.st_mode & 07777));
     }
     if (group && (status.st_gid != *group || (status.st_mode & S_IXGRP) == 0)) {
         return fail(ErrorCode::kPermissionDenied,
@@ -153,9 +153,33 @@ Result<void> check_component(const std::string& path, const struct stat& status,
     return {};
 }
 
+/// Sets owner, group and mode of a directory that was just made, which nobody else could have put
+/// something in the place of: what is above it is root's or ours.
+Result<void> hand_over(const std::string& path, bool last, std::optional<gid_t> group,
+                       std::optional<uid_t> given_to) {
+    const mode_t mode = group ? 0710 : 0700;
+    // Those on the way to somebody else's stay root's, and are only passed through.
+    const mode_t mode_on_the_way = given_to ? 0711 : mode;
+    const uid_t owner = last && given_to ? *given_to : static_cast<uid_t>(-1);
+    const int directory = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    if (directory < 0 || fchown(directory, owner, group.value_or(static_cast<gid_t>(-1))) != 0 ||
+        fchmod(directory, last ? mode : mode_on_the_way) != 0) {
+        const int failed = errno;
+        if (directory >= 0) {
+            close(directory);
+        }
+        return std::unexpected(
+            Error::from_errno(failed, "set owner, group and mode of directory " + path));
+    }
+    close(directory);
+    return {};
+}
+
 /// Walks along `path`, also through symbolic links of trusted owners, checks every directory on the
 /// way and, with `make`, makes those that are missing.
-Result<void> walk(const std::string& path, std::optional<gid_t> group, bool make) {
+Result<void> walk(const std::string& path, std::optional<gid_t> group,
+                  std::optional<uid_t> given_to, bool make) {
+    const uid_t owner = given_to.value_or(geteuid());
     constexpr int kMaxLinks = 40;
     std::deque<std::string> todo;
     for (const auto& part : std::filesystem::path(absolute_path(path)).relative_path()) {
@@ -173,7 +197,7 @@ Result<void> walk(const std::string& path, std::optional<gid_t> group, bool make
     if (lstat("/", &status) != 0) {
         return std::unexpected(Error::from_errno(errno, "look at directory /"));
     }
-    STELLARIUM_TRY(check_component("/", status, false, group));
+    STELLARIUM_TRY(check_component("/", status, false, group, owner));
     while (!todo.empty()) {
         const std::string part = std::move(todo.front());
         todo.pop_front();
@@ -203,7 +227,7 @@ Result<void> walk(const std::string& path, std::optional<gid_t> group, bool make
         if (S_ISLNK(status.st_mode)) {
             std::array<char, PATH_MAX> target{};
             const ssize_t length = readlink(next.c_str(), target.data(), target.size());
-            if ((status.st_uid != 0 && status.st_uid != geteuid()) || length <= 0 ||
+            if ((status.st_uid != 0 && status.st_uid != owner) || length <= 0 ||
                 ++links > kMaxLinks) {
                 return fail(ErrorCode::kPermissionDenied,
                             fmt::format("{} is a symbolic link of user {}: remove it, or choose "
@@ -224,13 +248,13 @@ Result<void> walk(const std::string& path, std::optional<gid_t> group, bool make
             todo.insert(todo.begin(), parts.begin(), parts.end());
             continue;
         }
-        if (made && group) {
-            if (chown(next.c_str(), static_cast<uid_t>(-1), *group) != 0 ||
-                chmod(next.c_str(), 0710) != 0) {
-                return std::unexpected(Error::from_errno(errno, "give " + next + " to its group"));
-            }
+        if (made && (group || given_to)) {
+            STELLARIUM_TRY(hand_over(next, todo.empty(), group, given_to));
         } else {
-            STELLARIUM_TRY(check_component(next, status, todo.empty(), group));
+            STELLARIUM_TRY(check_component(next, status, todo.empty(), group, owner));
+        }
+        if (given_to && (status.st_uid == owner || (made && todo.empty()))) {
+            return {};  // From here on it is theirs, and no place for root to make anything.
         }
         at = next;
     }
@@ -239,12 +263,14 @@ Result<void> walk(const std::string& path, std::optional<gid_t> group, bool make
 
 }  // namespace
 
-Result<void> make_private_directory(const std::string& path, std::optional<gid_t> group) {
-    return walk(path, group, /*make=*/true);
+Result<void> make_private_directory(const std::string& path, std::optional<gid_t> group,
+                                    std::optional<uid_t> owner) {
+    return walk(path, group, owner, /*make=*/true);
 }
 
-Result<void> check_private_directory(const std::string& path, std::optional<gid_t> group) {
-    return walk(path, group, /*make=*/false);
+Result<void> check_private_directory(const std::string& path, std::optional<gid_t> group,
+                                     std::optional<uid_t> owner) {
+    return walk(path, group, owner, /*make=*/false);
 }
 
 std::optional<DaemonRecord> read_daemon_record(io::FileSystem& files,

@@ -49,11 +49,16 @@ Result<void> make_directories(const std::string& path);
 /// may write to it, `group` cannot enter it, or somebody other than root and us could have put it
 /// there (an owner or a writable directory on the way, a symbolic link of somebody else): they
 /// could put their own sockets in place of ours. kInvalidArgument for directories of the system.
+/// With `owner`, for whom root makes it, that user takes the place of us; directories on the way
+/// get mode 0711 and stay root's, and below what is that user's already nothing is made: call
+/// again, as that user.
 Result<void> make_private_directory(const std::string& path,
-                                    std::optional<gid_t> group = std::nullopt);
+                                    std::optional<gid_t> group = std::nullopt,
+                                    std::optional<uid_t> owner = std::nullopt);
 /// The same without making anything: whether it could be made.
 Result<void> check_private_directory(const std::string& path,
-                                     std::optional<gid_t> group = std::nullopt);
+                                     std::optional<gid_t> group = std::nullopt,
+                                     std::optional<uid_t> owner = std::nullopt);
 
 struct DaemonRecord {
     int64_t pid = 0;

@@ -635,6 +635,114 @@ TEST(Locations, ARecordComesBackAndNonsenseIsNone) {
     EXPECT_FALSE(read_daemon_record(files, "/store"));
 }
 
+/// Writes down every path that is asked for.
+class WatchedFiles final : public io::FileSystem {
+  public:
+    explicit WatchedFiles(io::FileSystem& files) : files_(files) {}
+
+    Result<std::unique_ptr<io::File>> open(const std::string& path, io::OpenMode mode) override {
+        return files_.open(seen(path), mode);
+    }
+    Result<void> make_directory(const std::string& path) override {
+        return files_.make_directory(seen(path));
+    }
+    Result<void> rename(const std::string& from, const std::string& to) override {
+        return files_.rename(seen(from), seen(to));
+    }
+    Result<void> remove(const std::string& path) override { return files_.remove(seen(path)); }
+    Result<std::vector<io::DirectoryEntry>> list(const std::string& directory) override {
+        return files_.list(seen(directory));
+    }
+    Result<bool> exists(const std::string& path) override { return files_.exists(seen(path)); }
+    Result<void> sync_directory(const std::string& directory) override {
+        return files_.sync_directory(seen(directory));
+    }
+    Result<io::FileSystemSpace> space(const std::string& path) override {
+        return files_.space(seen(path));
+    }
+    Result<io::FileSystemType> type(const std::string& path) override {
+        return files_.type(seen(path));
+    }
+    Result<std::unique_ptr<io::FileLock>> lock(const std::string& path) override {
+        return files_.lock(seen(path));
+    }
+
+    std::set<std::string> paths;
+
+  private:
+    const std::string& seen(const std::string& path) {
+        paths.insert(path);
+        return path;
+    }
+    io::FileSystem& files_;
+};
+
+TEST(Service, NoPathThatAClientNamesIsOpened) {
+    io::SimulatedMachine machine(1);
+    machine.files().mount(TestPool::kRuntime,
+                          {.kind = io::FileSystemKind::kMemory, .name = "tmpfs"});
+    WatchedFiles files(*machine.env().files);
+    const io::Env env{
+        .files = &files, .clock = machine.env().clock, .random = machine.env().random};
+    const nova::PoolOptions options = TestPool::small_options();
+    must(nova::Pool::create(env, TestPool::kDirectory, options));
+    const auto pool = must(nova::Pool::open(env, TestPool::kDirectory, options));
+    FakeHost host(*pool);
+    ControlService service(
+        *pool, {.host = &host, .version = "1", .directory = TestPool::kDirectory, .socket = {}});
+    must(pool->create_volume("volume", 1 << 20));
+    EXPECT_FALSE(files.paths.empty());
+
+    // Every operation, with a path in every place where a client says something.
+    unsigned answered = 0;
+    for (const std::string path :
+         {"/secret/file", "../../secret/file", "volume/../../secret", "/secret", "..", "volume"}) {
+        const Json bodies[] = {
+            Json{{"name", path}, {"size_bytes", 4096}},
+            Json{{"name", path}},
+            Json{{"source", path}, {"names", Json::array({"copy"})}},
+            Json{{"source", "volume"}, {"names", Json::array({path})}},
+            Json{{"kind", "volume"}, {"names", Json::array({path})}},
+            Json{{"link", path}, {"serial", path}},
+            Json{{"frontend", path}},
+            Json{{"read_only", true}, {"link", path}},
+            Json{{"path", path}, {"file", path}, {"socket", path}},
+            Json(path),
+        };
+        for (const RouteInfo& route : ControlService::routes()) {
+            std::string target(route.path);
+            for (size_t at = target.find('{'); at != std::string::npos; at = target.find('{')) {
+                target.replace(at, target.find('}') - at + 1, percent_encode(path));
+            }
+            for (const std::string& query :
+                 {std::string(), "?source=" + percent_encode(path),
+                  "?from=" + percent_encode(path) + "&to=" + percent_encode(path)}) {
+                for (const Json& body : bodies) {
+                    OneExtent content(0, random_bytes(5000, 1), 5000);
+                    const Response response =
+                        service.handle({std::string(route.method), target + query,
+                                        route.upload ? std::string() : to_text(body),
+                                        route.upload ? &content : nullptr});
+                    answered += response.status < 300 ? 1 : 0;
+                }
+            }
+        }
+        if (!pool->find("volume")) {
+            must(pool->create_volume("volume", 1 << 20));
+        }
+    }
+    EXPECT_GT(answered, 100U);
+    must(pool->close());
+    for (const std::string& path : files.paths) {
+        EXPECT_TRUE(path == TestPool::kDirectory || path.starts_with("/pool/") || path == "/run" ||
+                    path.starts_with("/run/") || path == "/" ||
+                    path == "/proc/sys/kernel/random/boot_id")
+            << path;
+        EXPECT_EQ(path.find("secret"), std::string::npos) << path;
+        EXPECT_EQ(path.find(".."), std::string::npos) << path;
+    }
+}
+
 /// A folder that goes with its contents.
 class LocationsTest : public ::testing::Test {
   protected:
@@ -709,6 +817,36 @@ TEST_F(LocationsTest, DirectoriesThatOthersCouldReplaceAreRefused) {
         ASSERT_EQ(lchown((base_ + "/link").c_str(), 65534, 65534), 0);
         EXPECT_EQ(refusal(base_ + "/link/tag"), ErrorCode::kPermissionDenied);
     }
+}
+
+TEST_F(LocationsTest, RootMakesADirectoryForTheUserThatItWillBe) {
+    if (geteuid() != 0) {
+        GTEST_SKIP() << "only root can give a directory to somebody";
+    }
+    constexpr uid_t kUser = 65534;
+    const std::string path = base_ + "/on/the/way";
+    must(check_private_directory(path, std::nullopt, kUser));
+    must(make_private_directory(path, std::nullopt, kUser));
+    EXPECT_EQ(mode_of(base_ + "/on"), 0711U);
+    EXPECT_EQ(mode_of(path), 0700U);
+    struct stat status{};
+    ASSERT_EQ(stat((base_ + "/on/the").c_str(), &status), 0);
+    EXPECT_EQ(status.st_uid, 0U);
+    ASSERT_EQ(stat(path.c_str(), &status), 0);
+    EXPECT_EQ(status.st_uid, kUser);
+    // Again, and where it is root's.
+    must(make_private_directory(path, std::nullopt, kUser));
+    EXPECT_EQ(check_private_directory(base_ + "/on/the", std::nullopt, kUser).error().code(),
+              ErrorCode::kPermissionDenied);
+    // Root makes nothing where that user could have laid a link.
+    must(make_private_directory(path + "/deeper", std::nullopt, kUser));
+    EXPECT_FALSE(std::filesystem::exists(path + "/deeper"));
+    // With a group, which may pass.
+    must(make_private_directory(base_ + "/g", gid_t{65534}, kUser));
+    ASSERT_EQ(stat((base_ + "/g").c_str(), &status), 0);
+    EXPECT_EQ(status.st_mode & 07777, 0710U);
+    EXPECT_EQ(status.st_gid, 65534U);
+    EXPECT_EQ(status.st_uid, kUser);
 }
 
 TEST(Locations, APathMeansTheSameHoweverItIsWritten) {

@@ -4,6 +4,8 @@
 
 #include <fmt/format.h>
 #include <grp.h>
+#include <pwd.h>
+#include <unistd.h>
 
 #include "control/locations.h"
 #include "daemon/http_server.h"
@@ -24,6 +26,7 @@ std::vector<std::string> apply_settings(const control::Json& settings, DaemonCon
     take_text("socket", config.socket);
     take_text("runtime_dir", config.runtime_directory);
     take_text("socket_group", config.socket_group);
+    take_text("user", config.user);
     take_text("metrics_listen", config.metrics_listen);
     if (!config.metrics_listen.empty() && reader.has("metrics_listen")) {
         if (const auto parsed = parse_host_port(config.metrics_listen); !parsed) {
@@ -85,6 +88,15 @@ std::vector<std::string> apply_settings(const control::Json& settings, DaemonCon
     if (const auto allow = reader.optional_bool("allow_unsafe_file_system")) {
         config.allow_unsafe_file_system = *allow;
     }
+    if (const auto mode = reader.optional_string("sandbox")) {
+        if (const auto known = sandbox_mode_from(*mode)) {
+            config.sandbox = *known;
+        } else {
+            reader.complain("sandbox", fmt::format("is '{}', and must be 'auto', 'require', "
+                                                   "'strict' or 'off'",
+                                                   *mode));
+        }
+    }
     if (const auto level = reader.optional_string("log_level")) {
         if (const auto known = log_level_from(*level)) {
             config.log_level = *known;
@@ -104,6 +116,29 @@ std::vector<std::string> apply_settings(const control::Json& settings, DaemonCon
     }
     return reader.complaints();
 }
+
+namespace {
+
+/// Whom --user names. Only root can become somebody else.
+Result<std::optional<ServiceUser>> find_user(const std::string& name) {
+    passwd entry{};
+    passwd* found = nullptr;
+    std::array<char, 16384> buffer{};
+    if (getpwnam_r(name.c_str(), &entry, buffer.data(), buffer.size(), &found) != 0 ||
+        found == nullptr) {
+        return fail(ErrorCode::kInvalidArgument, "there is no such user");
+    }
+    if (found->pw_uid == geteuid()) {
+        return std::nullopt;
+    }
+    if (geteuid() != 0) {
+        return fail(ErrorCode::kInvalidArgument,
+                    "only root can become another user; start the daemon as that user, or as root");
+    }
+    return ServiceUser{.name = name, .uid = found->pw_uid, .gid = found->pw_gid};
+}
+
+}  // namespace
 
 std::vector<std::string> finish_config(DaemonConfig& config) {
     std::vector<std::string> complaints;
@@ -152,8 +187,20 @@ std::vector<std::string> finish_config(DaemonConfig& config) {
             config.socket_gid = found->gr_gid;
         }
     }
+    std::optional<uid_t> owner;
+    if (!config.user.empty()) {
+        if (auto user = find_user(config.user)) {
+            config.service_user = *std::move(user);
+            if (config.service_user) {
+                owner = config.service_user->uid;
+            }
+        } else {
+            complaints.push_back(
+                fmt::format("'user' is '{}': {}", config.user, user.error().message()));
+        }
+    }
     if (const auto usable =
-            control::check_private_directory(config.runtime_directory, config.socket_gid);
+            control::check_private_directory(config.runtime_directory, config.socket_gid, owner);
         !usable) {
         complaints.push_back("'runtime_dir' cannot be used: " + usable.error().message());
     }

@@ -21,12 +21,20 @@
 #include "base/units.h"
 #include "control/json.h"
 #include "daemon/log.h"
+#include "daemon/sandbox.h"
 #include "nova/pool.h"
 
 namespace stellarium::daemon {
 
 inline constexpr uint64_t kMinMemoryBytes = 16 * kMiB;
 inline constexpr uint64_t kMaxMemoryBytes = 1 * kTiB;
+
+/// Whom the daemon becomes when root starts it.
+struct ServiceUser {
+    std::string name;
+    uid_t uid = 0;
+    gid_t gid = 0;
+};
 
 struct DaemonConfig {
     std::string store;              ///< "": the default store.
@@ -35,6 +43,9 @@ struct DaemonConfig {
     std::string metrics_listen;     ///< HOST:PORT; "": metrics on the control socket only.
     std::string socket_group;       ///< "": sockets are for the daemon's own user.
     std::optional<gid_t> socket_gid;
+    std::string user;  ///< "": stays who it is.
+    std::optional<ServiceUser> service_user;
+    SandboxMode sandbox = SandboxMode::kAuto;
     uint64_t memory_bytes = 320 * kMiB;  ///< Dirty pages (four fifths) and cached map nodes.
     uint64_t writeback_age_ms = 5000;
     uint64_t threads = 0;  ///< Serving guests; 0: one for each processor.

@@ -7,6 +7,7 @@
 #include <ctime>
 
 #include <fmt/format.h>
+#include <grp.h>
 #include <sys/resource.h>
 #include <systemd/sd-daemon.h>
 #include <unistd.h>
@@ -17,6 +18,7 @@
 #include "daemon/handlers.h"
 #include "daemon/http_server.h"
 #include "daemon/metrics.h"
+#include "daemon/sandbox.h"
 #include "daemon/vhost_host.h"
 #include "io/posix.h"
 #include "nebula/reserve.h"
@@ -40,6 +42,66 @@ void raise_descriptor_limit() {
     if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < limit.rlim_max) {
         limit.rlim_cur = limit.rlim_max;
         setrlimit(RLIMIT_NOFILE, &limit);
+    }
+}
+
+/// For good: root's identity is not kept aside.
+Result<void> become(const ServiceUser& user) {
+    if (initgroups(user.name.c_str(), user.gid) != 0 ||
+        setresgid(user.gid, user.gid, user.gid) != 0 ||
+        setresuid(user.uid, user.uid, user.uid) != 0) {
+        return std::unexpected(Error::from_errno(errno, "become user " + user.name));
+    }
+    return {};
+}
+
+/// The runtime directory, the user, and the files that are within reach from here on.
+Result<void> give_up_privileges(const DaemonConfig& config, Log& log) {
+    if (config.service_user) {
+        const ServiceUser& user = *config.service_user;
+        STELLARIUM_TRY(
+            control::make_private_directory(config.runtime_directory, config.socket_gid, user.uid));
+        STELLARIUM_TRY(become(user));
+        if (access(config.store.c_str(), R_OK | W_OK | X_OK) != 0 && errno == EACCES) {
+            return fail(ErrorCode::kPermissionDenied,
+                        fmt::format("user {} cannot use the store {}: give it to that user "
+                                    "(chown -R {} {}), who must be able to enter the folders "
+                                    "above it",
+                                    user.name, config.store, user.name, config.store));
+        }
+    } else if (geteuid() == 0) {
+        log.warning("running as root",
+                    {{"advice",
+                      "start it with --user NAME, or as a user of its own; the store "
+                      "must belong to that user"}});
+    }
+    return control::make_private_directory(config.runtime_directory, config.socket_gid);
+}
+
+/// Before any thread is made. The port of the metrics, which is bound later, stays allowed.
+Result<Confinement> confine_to_files_of(const DaemonConfig& config) {
+    if (access(config.store.c_str(), F_OK) != 0) {
+        return Confinement{.in_force = true, .detail = "no store"};  // Opening it says so.
+    }
+    ReachableFiles reachable{.store = config.store,
+                             .runtime = config.runtime_directory,
+                             .socket = config.socket,
+                             .tcp_port = {}};
+    if (!config.metrics_listen.empty()) {
+        STELLARIUM_ASSIGN(const auto host_port, parse_host_port(config.metrics_listen));
+        reachable.tcp_port = host_port.second;
+    }
+    return confine_files(config.sandbox, reachable);
+}
+
+/// Says what the process is confined to; loudly where that is less than was asked for.
+void tell(const Confinement& files, const Confinement& calls, SandboxMode mode, Log& log) {
+    const std::initializer_list<LogField> fields = {{"files", files.detail},
+                                                    {"calls", calls.detail}};
+    if ((files.in_force && calls.in_force) || mode == SandboxMode::kOff) {
+        log.info("sandbox", fields);
+    } else {
+        log.warning("sandbox is incomplete", fields);
     }
 }
 
@@ -110,7 +172,7 @@ void set_status(const std::string& status) {
 
 /// Everything between the store being open and being closed again.
 Result<void> serve(const DaemonConfig& config, const std::string& version, nova::Pool& pool,
-                   io::FileSystem& files, Log& log) {
+                   io::FileSystem& files, const Confinement& reach, Log& log) {
     VhostHost host(pool,
                    {.runtime_directory = config.runtime_directory,
                     .socket_gid = config.socket_gid,
@@ -140,6 +202,8 @@ Result<void> serve(const DaemonConfig& config, const std::string& version, nova:
     } else {
         STELLARIUM_TRY(recorded);
     }
+    STELLARIUM_ASSIGN(const Confinement calls, confine_calls(config.sandbox));
+    tell(reach, calls, config.sandbox, log);
     const nova::PoolStats stats = pool.stats();
     log.info("ready", {{"store", config.store},
                        {"socket", config.socket},
@@ -169,7 +233,8 @@ Result<void> run_daemon(const DaemonConfig& config, const std::string& version, 
     raise_descriptor_limit();
 
     const io::Env env = io::real_env();
-    STELLARIUM_TRY(control::make_private_directory(config.runtime_directory, config.socket_gid));
+    STELLARIUM_TRY(give_up_privileges(config, log));
+    STELLARIUM_ASSIGN(const Confinement reach, confine_to_files_of(config));
     set_status("opening " + config.store);
     log.info("starting", {{"version", version},
                           {"pid", std::to_string(getpid())},
@@ -199,7 +264,7 @@ Result<void> run_daemon(const DaemonConfig& config, const std::string& version, 
     if (const auto reason = pool->read_only_reason()) {
         log.error("store is read-only", {{"message", *reason}});
     }
-    const Result<void> served = serve(config, version, *pool, *env.files, log);
+    const Result<void> served = serve(config, version, *pool, *env.files, reach, log);
     set_status("checkpointing");
     // Also after a failed start: what recovery adopted must not wait for the next one.
     const Result<void> closed = pool->close();

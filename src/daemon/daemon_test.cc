@@ -63,7 +63,7 @@ TEST(Config, TakesEverythingAndTheCommandLineWins) {
         "metrics_listen": "[::1]:9464", "memory": "1GiB", "writeback_age_ms": 100, "threads": 3,
         "verify": "always", "gc": false, "gc_dead_percent": 40, "gc_min_dead": "1GiB",
         "gc_rate": 0, "low_space_percent": 5, "allow_unsafe_file_system": true, "log_level": "debug",
-        "log_format": "json"})"),
+        "log_format": "json", "sandbox": "require", "user": "somebody"})"),
                              config),
               std::vector<std::string>{});
     EXPECT_EQ(apply_settings(json(R"({"memory": 67108864})"), config), std::vector<std::string>{});
@@ -81,6 +81,9 @@ TEST(Config, TakesEverythingAndTheCommandLineWins) {
     EXPECT_EQ(config.gc.low_space_share, 0.05);
     EXPECT_EQ(config.log_level, LogLevel::kDebug);
     EXPECT_EQ(config.log_format, LogFormat::kJson);
+    EXPECT_EQ(config.sandbox, SandboxMode::kRequire);
+    EXPECT_EQ(config.user, "somebody");
+    config.user.clear();
     EXPECT_EQ(finish_config(config), std::vector<std::string>{});
     EXPECT_EQ(config.socket, "/run/a.sock");
 }
@@ -91,14 +94,15 @@ TEST(Config, ReportsEveryFault) {
         json(R"({"memory": 1, "threads": 1000, "verify": "never", "log_format": "xml",
                  "store": "", "metrics_listen": "9464", "nonsense": 1,
                  "gc": 1, "gc_dead_percent": 0, "gc_min_dead": "much", "gc_rate": -1,
-                 "low_space_percent": 100})"),
+                 "low_space_percent": 100, "sandbox": "on"})"),
         config);
-    EXPECT_EQ(complaints.size(), 12U);
+    EXPECT_EQ(complaints.size(), 13U);
     config = {};
     config.store = "/srv/a";
     config.runtime_directory = "/run/" + std::string(100, 'x');
     config.socket_group = "no-such-group-here";
-    EXPECT_EQ(finish_config(config).size(), 3U);
+    config.user = "no-such-user-here";
+    EXPECT_EQ(finish_config(config).size(), 4U);
     for (const char* of_the_system : {"/", "/usr/../etc"}) {
         config = {};
         config.store = "/srv/a";

@@ -101,6 +101,13 @@ int run(int argc, char** argv) {
                 "control socket (default: control.sock in the runtime directory)", "PATH");
     text_option("--socket-group", "socket_group",
                 "members of this group may use the control socket and guests' sockets", "GROUP");
+    text_option("--user", "user",
+                "become this user, when started by root; the store must be theirs", "NAME");
+    text_option(
+        "--sandbox", "sandbox",
+        "confine the process to the store's files and few system calls: 'auto' (default) as "
+        "far as the kernel can, 'require', 'strict': a forbidden call ends it, or 'off'",
+        "MODE");
     text_option("--runtime-dir", "runtime_dir",
                 "for sockets and unflushed writes, on a tmpfs (default: derived from the store)",
                 "DIR");

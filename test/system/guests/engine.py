@@ -8,6 +8,7 @@
 Everything (store, runtime directory, logs, a daemon that still runs) is removed at the end of the
 block. The store lies below the cache folder, on a disk; the runtime directory in memory. One thread.
 """
+import ctypes
 import json
 import os
 import shutil
@@ -21,11 +22,23 @@ from pathlib import Path
 import guests
 
 
+LANDLOCK_CREATE_RULESET = 444  # The same number on every architecture.
+
+
+def sandbox_words():
+    """The strictest sandbox that this kernel has: a forbidden system call ends the daemon."""
+    version = ctypes.CDLL(None).syscall(LANDLOCK_CREATE_RULESET, None, 0, 1)
+    return ["--sandbox", "strict"] if version > 0 else []
+
+
 class EngineError(Exception):
     """A program of ours did not do what was asked; the text says what it said."""
 
 
 class Engine:
+    READY_TIMEOUT_S = 300
+    STOP_TIMEOUT_S = 300
+
     def __init__(self, build, keep=False):
         self.keep = keep
         self.daemon = None
@@ -85,19 +98,27 @@ class Engine:
 
     # --- The daemon -------------------------------------------------------------------------------
 
+    def spawn_daemon(self, *options, environment=None):
+        """Starts it and does not wait. In the sandbox, unless the options say otherwise."""
+        sandbox = [] if "--sandbox" in options else sandbox_words()
+        with open(self.log, "ab") as log:
+            self.daemon = subprocess.Popen(
+                [str(self.daemon_program), "--store", str(self.store), *sandbox, *options],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env={**self.environment, **(environment or {})})
+
     def start_daemon(self, *options):
         """Returns when the daemon says that it is ready."""
         # It reports readiness as it does to systemd: by a datagram to NOTIFY_SOCKET.
         with tempfile.TemporaryDirectory(prefix="stellarium-notify-") as folder, \
                 socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
             notify.bind(f"{folder}/socket")
+            # As systemd's, it hears whoever the daemon has become.
+            os.chmod(folder, 0o711)
+            os.chmod(f"{folder}/socket", 0o777)
             notify.settimeout(1)
-            with open(self.log, "ab") as log:
-                self.daemon = subprocess.Popen(
-                    [str(self.daemon_program), "--store", str(self.store), *options],
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                    env={**self.environment, "NOTIFY_SOCKET": f"{folder}/socket"})
-            deadline = time.monotonic() + 60
+            self.spawn_daemon(*options, environment={"NOTIFY_SOCKET": f"{folder}/socket"})
+            deadline = time.monotonic() + self.READY_TIMEOUT_S
             while time.monotonic() < deadline and self.daemon.poll() is None:
                 try:
                     if b"READY=1" in notify.recv(4096):
@@ -112,9 +133,10 @@ class Engine:
             raise EngineError(f"the daemon is not running; its log ends:\n{self.log_tail()}")
         self.daemon.send_signal(signal.SIGTERM)
         try:
-            status = self.daemon.wait(120)
+            status = self.daemon.wait(self.STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            raise EngineError("the daemon did not stop within 120 s of SIGTERM") from None
+            raise EngineError(f"the daemon did not stop within {self.STOP_TIMEOUT_S} s of "
+                              f"SIGTERM") from None
         if status != 0:
             raise EngineError(f"the daemon ended with status {status}; its log ends:\n"
                               f"{self.log_tail()}")
