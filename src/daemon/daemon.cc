@@ -218,6 +218,15 @@ Result<void> serve(const DaemonConfig& config, const std::string& version, nova:
     set_status("answering what was asked");
     service.stop_long_work();
     server.stop();
+    // What takes long is done while guests are still served; without them little is left to do, and
+    // their pause is short where another daemon follows.
+    set_status("checkpointing");
+    host.flush();
+    if (!pool.read_only_reason()) {
+        if (const Result<void> result = pool.checkpoint(); !result) {
+            log.error("checkpoint failed", {{"message", result.error().message()}});
+        }
+    }
     set_status("flushing guests' writes");
     host.stop();
     return {};

@@ -20,7 +20,7 @@ std::string device_name(uint64_t id) {
     return std::to_string(id);
 }
 
-Result<void> flush(BlockDevice& device) {
+Result<void> flush_device(BlockDevice& device) {
     const auto done = std::make_shared<std::promise<Result<void>>>();
     device.flush_async([done](Result<void> result) { done->set_value(std::move(result)); });
     return done->get_future().get();
@@ -82,6 +82,27 @@ Result<void> VhostHost::start() {
     return {};
 }
 
+void VhostHost::flush_entry(const Entry& entry) {
+    if (!entry.device) {
+        return;
+    }
+    if (const Result<void> flushed = flush_device(*entry.device); !flushed) {
+        log_.error("flush failed",
+                   {{"source", entry.source}, {"message", flushed.error().message()}});
+    }
+}
+
+void VhostHost::flush() {
+    std::map<uint64_t, Entry> entries;
+    {
+        const std::scoped_lock lock(mutex_);
+        entries = entries_;
+    }
+    for (const auto& [id, entry] : entries) {
+        flush_entry(entry);
+    }
+}
+
 void VhostHost::stop() {
     if (!server_) {
         return;
@@ -93,13 +114,7 @@ void VhostHost::stop() {
         entries = std::exchange(entries_, {});
     }
     for (auto& [id, entry] : entries) {
-        if (!entry.device) {
-            continue;
-        }
-        if (const Result<void> flushed = flush(*entry.device); !flushed) {
-            log_.error("flush failed",
-                       {{"source", entry.source}, {"message", flushed.error().message()}});
-        }
+        flush_entry(entry);
         entry.device.reset();
     }
     server_.reset();
@@ -224,7 +239,7 @@ Result<AttachmentStatus> VhostHost::detach(std::string_view source) {
             }
             entry.released.wait();
         }
-        if (const Result<void> flushed = flush(*entry.device); !flushed) {
+        if (const Result<void> flushed = flush_device(*entry.device); !flushed) {
             return undo(flushed.error().with_context(
                 fmt::format("'{}' is disconnected, but not all that it wrote is durable", source)));
         }

@@ -42,6 +42,9 @@ class VhostHost final : public control::AttachmentHost {
     /// Starts serving and restores every attachment on record. One that cannot be restored is
     /// logged and reported as failed; its record stays.
     Result<void> start();
+    /// Makes durable what guests have written so far; they go on. Nothing may be attached or
+    /// detached meanwhile.
+    void flush();
     /// Disconnects all guests; what they wrote is flushed. Attachments stay on record.
     void stop();
 
@@ -68,6 +71,7 @@ class VhostHost final : public control::AttachmentHost {
     Result<void> serve(uint64_t id, std::string_view source, Entry& entry);
     Result<uint64_t> reserve(std::string_view source, bool for_attach);
     void release(uint64_t id, std::optional<Entry> entry);
+    void flush_entry(const Entry& entry);
     control::AttachmentStatus status_of(uint64_t id, const std::string& source,
                                         const Entry& entry) const;
 

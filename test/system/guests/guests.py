@@ -26,6 +26,7 @@ import gzip
 import hashlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,7 +111,7 @@ class FileDisk:
 class Guest:
     """A running guest: its process, and its console as text. Made by QemuGuest and UmlGuest."""
 
-    def __init__(self, name, command, log_path=None, environment=None):
+    def __init__(self, name, command, log_path=None, environment=None, errors_apart=False):
         self.name = name
         self.command = [str(word) for word in command]
         self.text = ""
@@ -119,9 +120,12 @@ class Guest:
         self.ended = False
         self.log = open(log_path, "wb") if log_path else None
         self.started_at = time.monotonic()
+        # What the VMM itself says would come in the middle of the console's lines.
+        self.errors = tempfile.TemporaryFile() if errors_apart else None
         # A group of its own, so that nothing of it is left when it is killed.
         self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.STDOUT, start_new_session=True,
+                                        stderr=self.errors or subprocess.STDOUT,
+                                        start_new_session=True,
                                         env={**os.environ, **(environment or {})})
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
@@ -167,7 +171,10 @@ class Guest:
         return match.group(1) if match else ""
 
     def tail(self, lines=25):
-        return "\n".join(self.text.splitlines()[-lines:])
+        said = []
+        if self.errors:
+            said = os.pread(self.errors.fileno(), 1 << 20, 0).decode("utf-8", "replace").splitlines()
+        return "\n".join(said[-lines:] + self.text.splitlines()[-lines:])
 
     def seconds(self):
         """Since the guest was started."""
@@ -200,6 +207,9 @@ class Guest:
         if self.log:
             self.log.close()
             self.log = None
+        if self.errors:
+            self.errors.close()
+            self.errors = None
 
     def __enter__(self):
         return self
@@ -219,6 +229,23 @@ def script_words(script, in_initramfs=False):
         raise GuestError(f"a script of {len(script)} bytes does not fit on the kernel command line; "
                          f"give it on a disk (stellarium.script=/dev/vdX)")
     return [f"stellarium.{'init' if in_initramfs else 'run'}={encoded}"]
+
+
+def with_files(base, files, out):
+    """Writes to `out` the initramfs `base` and further `files`, {path in the guest: file here}."""
+    with tempfile.TemporaryDirectory(prefix="stellarium-initramfs-") as folder:
+        for inside, path in files.items():
+            target = Path(folder) / inside
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+        names = [str(path.relative_to(folder)) for path in sorted(Path(folder).rglob("*"))]
+        packed = subprocess.run(["cpio", "-o", "-H", "newc", "--owner", "0:0", "--quiet"],
+                                cwd=folder, input="\n".join(names).encode(), capture_output=True,
+                                check=True).stdout
+    # The kernel unpacks archives that follow one another; a plain one begins at a multiple of four.
+    content = Path(base).read_bytes()
+    Path(out).write_bytes(content + b"\0" * (-len(content) % 4) + packed)
+    return out
 
 
 def machine_id(name):
@@ -259,10 +286,12 @@ def accelerator():
 
 
 class QemuGuest(Guest):
-    """A guest in QEMU. `disk` is its root, /dev/vda; `more_disks` are /dev/vdb and on."""
+    """A guest in QEMU. `disk` is its root, /dev/vda; `more_disks` are /dev/vdb and on. `initrd` is
+    another initramfs than the usual one, see with_files()."""
 
     def __init__(self, name, disk=None, more_disks=(), script=None, in_initramfs=False,
-                 memory_mib=256, cpus=1, accel=None, log_path=None, kernel_words=(), arguments=()):
+                 memory_mib=256, cpus=1, accel=None, log_path=None, kernel_words=(), arguments=(),
+                 initrd=None):
         path, _version = kernel("qemu")
         self.accel = accel or accelerator()
         command = qemu_command(self.accel, memory_mib, cpus)
@@ -281,8 +310,9 @@ class QemuGuest(Guest):
         if disk and not in_initramfs:
             words += ["root=/dev/vda", "rw", f"systemd.machine_id={machine_id(name)}"]
         words += [*script_words(script, in_initramfs), *kernel_words]
-        command += ["-kernel", path, "-initrd", str(initramfs("qemu")), "-append", " ".join(words)]
-        super().__init__(name, command + list(arguments), log_path)
+        command += ["-kernel", path, "-initrd", str(initrd or initramfs("qemu")),
+                    "-append", " ".join(words)]
+        super().__init__(name, command + list(arguments), log_path, errors_apart=True)
 
 
 class UmlGuest(Guest):
