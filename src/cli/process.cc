@@ -13,6 +13,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "cli/interrupt.h"
+
 extern char** environ;
 
 namespace stellarium::cli {
@@ -48,12 +50,16 @@ class Pipe {
     std::array<int, 2> ends_{-1, -1};
 };
 
-/// Reads both pipes to their ends.
+/// How long an interrupt may go unnoticed that comes just before the wait.
+constexpr int kInterruptCheckMs = 100;
+
+/// Reads both pipes to their ends. kCancelled when the user interrupts it.
 Result<void> drain(Pipe& out, std::string& out_text, Pipe& err, std::string& err_text) {
     std::array<char, 16384> buffer{};
     while (out.end(0) >= 0 || err.end(0) >= 0) {
         std::array<pollfd, 2> waits{pollfd{out.end(0), POLLIN, 0}, pollfd{err.end(0), POLLIN, 0}};
-        if (poll(waits.data(), waits.size(), -1) < 0) {
+        STELLARIUM_TRY(check_interrupt());
+        if (poll(waits.data(), waits.size(), kInterruptCheckMs) < 0) {
             if (errno == EINTR) {
                 continue;
             }

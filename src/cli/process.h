@@ -16,8 +16,8 @@ namespace stellarium::cli {
 
 /// Runs arguments[0] from PATH without a shell, standard input empty, and returns its standard
 /// output (at most 16 MiB). kUnavailable, naming `debian_package`, when the tool is not installed;
-/// kInvalidArgument with the tool's own words when it exits with a code that is not among
-/// `good_codes`.
+/// kCancelled when the user interrupts it, which kills the tool; kInvalidArgument with the tool's
+/// own words when it exits with a code that is not among `good_codes`.
 Result<std::string> run_tool(const std::vector<std::string>& arguments,
                              const std::string& debian_package,
                              std::initializer_list<int> good_codes = {0});
