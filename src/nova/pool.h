@@ -9,8 +9,9 @@
 // snapshot is written VOLUME@SNAPSHOT. Where a function takes a `source` it accepts all three.
 //
 // Thread rule: every function may be called from any thread at the same time.
-// Durability: a function that changes something is durable when it returns success, and has then
-// happened wholly; on error it has not happened. Device writes: see base/block_device.h.
+// Durability: what changes something is durable when it returns success, and has then happened
+// wholly; on error it has not, or the pool is read-only, and open() tells. Device writes: see
+// base/block_device.h.
 // Damage: a volume that something has rotted of that was needed to recover it is damaged, see
 // EntityInfo::damage; the pool opens with all others. Where the log itself is damaged so that
 // records are missing, that is every volume, and the pool is read-only.
