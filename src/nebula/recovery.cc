@@ -14,12 +14,13 @@ constexpr int kReadOnlyLooks = 3;
 class Recovery {
   public:
     Recovery(io::FileSystem& files, SegmentSet& segments, const StoreId& store_id,
-             const SuperblockSlot& superblock, bool may_write)
+             const SuperblockSlot& superblock, bool may_write, bool salvage)
         : files_(files),
           segments_(segments),
           store_id_(store_id),
           superblock_(superblock),
-          may_write_(may_write) {}
+          may_write_(may_write),
+          salvage_(salvage) {}
 
     Result<RecoveredLog> run(const std::vector<uint32_t>& numbers);
 
@@ -45,6 +46,15 @@ class Recovery {
     /// The batch that the next segment's first one follows; nullopt when there is none.
     Result<std::optional<uint64_t>> predecessor_of_next(size_t source);
     Result<Evidence> evidence_behind(size_t source, uint32_t page);
+    /// A valid batch, and in which source it was found.
+    struct BatchBehind {
+        size_t source = 0;
+        ScannedBatch batch;
+    };
+    /// The first valid batch from a place on that is newer than the log so far.
+    Result<std::optional<BatchBehind>> batch_behind(size_t source, uint32_t page);
+    /// Makes the entries of what lies behind a place of a damaged log known.
+    Result<void> add_entries_behind(size_t source, uint32_t page);
     /// Makes the batch's entries known.
     void add_entries(Source& source, const ScannedBatch& batch);
     /// Takes the batch into the log.
@@ -57,6 +67,7 @@ class Recovery {
     const StoreId& store_id_;
     const SuperblockSlot& superblock_;
     const bool may_write_;
+    const bool salvage_;
     std::vector<Source> sources_;
     RecoveredLog log_;
 };
@@ -81,10 +92,12 @@ Result<RecoveredLog> Recovery::run(const std::vector<uint32_t>& numbers) {
             fmt::format("{} is missing: the superblock says that the log goes on at its page {}",
                         segments_.path(superblock_.log_segment), superblock_.log_page.get()));
         log_.records_lost = true;
-        for (const Source& source : sources_) {
-            segments_.add(source.number);
+        if (!salvage_) {
+            for (const Source& source : sources_) {
+                segments_.add(source.number);
+            }
+            return std::move(log_);
         }
-        return std::move(log_);
     }
     STELLARIUM_TRY(read_before_checkpoint());
     STELLARIUM_TRY(read_after_checkpoint());
@@ -173,8 +186,9 @@ void Recovery::add_entries(Source& source, const ScannedBatch& batch) {
     if (!source.header_damage.empty()) {
         log_.headers_needed.push_back(
             {.segment = source.number, .first_sequence = batch.sequence, .file = source.file});
-        log_.warnings.push_back(fmt::format("{}; its batches are whole{}", source.header_damage,
-                                            may_write_ ? ", and the header is written anew" : ""));
+        log_.warnings.push_back(
+            fmt::format("{}; its batches are whole{}", source.header_damage,
+                        may_write_ && !salvage_ ? ", and the header is written anew" : ""));
         source.header_damage.clear();
     }
     segments_.append_entries(*source.segment, batch.entries);
@@ -293,8 +307,60 @@ Result<void> Recovery::read_after_checkpoint() {
                 "durable",
                 why, log_.last_sequence, evidence.from, evidence.durable_through));
             log_.records_lost = true;
+            if (salvage_) {
+                STELLARIUM_ASSIGN(auto behind, batch_behind(source, page));
+                if (behind) {
+                    log_.missing_before.emplace(behind->batch.sequence, log_.damage.back());
+                    source = behind->source;
+                    page = behind->batch.end_page;
+                    accept(sources_[source], behind->batch);
+                    STELLARIUM_ASSIGN(next_follows, predecessor_of_next(source));
+                    continue;
+                }
+                log_.missing_before.emplace(RecoveredLog::kNoBatch, log_.damage.back());
+            }
         }
         return end_log(source, page, why);
+    }
+}
+
+Result<std::optional<Recovery::BatchBehind>> Recovery::batch_behind(size_t source, uint32_t page) {
+    for (size_t i = source; i < sources_.size(); ++i) {
+        uint32_t at = i == source ? page : 1;
+        while (true) {
+            STELLARIUM_ASSIGN(const auto next,
+                              find_batch(*sources_[i].file, store_id_, sources_[i].number, at));
+            if (!next) {
+                break;
+            }
+            STELLARIUM_ASSIGN(auto batch,
+                              read_batch(*sources_[i].file, store_id_, sources_[i].number, *next,
+                                         DataCheck::kHashes));
+            if (batch.sequence > log_.last_sequence) {
+                for (const std::string& damage : batch.damage) {
+                    log_.damage.push_back(damage);
+                }
+                return BatchBehind{.source = i, .batch = std::move(batch)};
+            }
+            at = batch.end_page;
+        }
+    }
+    return std::nullopt;
+}
+
+Result<void> Recovery::add_entries_behind(size_t source, uint32_t page) {
+    uint32_t at = page;
+    while (true) {
+        STELLARIUM_ASSIGN(const auto next, find_batch(*sources_[source].file, store_id_,
+                                                      sources_[source].number, at));
+        if (!next) {
+            return {};
+        }
+        STELLARIUM_ASSIGN(const auto batch,
+                          read_batch(*sources_[source].file, store_id_, sources_[source].number,
+                                     *next, DataCheck::kNone));
+        add_entries(sources_[source], batch);
+        at = batch.end_page;
     }
 }
 
@@ -349,6 +415,9 @@ Result<void> Recovery::end_log(size_t source, uint32_t page, const std::string& 
                             superblock_.durable_sequence.get()));
             log_.records_lost = true;
         }
+        if (log_.records_lost) {
+            log_.missing_before.emplace(RecoveredLog::kNoBatch, log_.damage.back());
+        }
         return {};
     }
     // An empty last segment is not worth keeping: a new one is made for the next batch.
@@ -364,14 +433,28 @@ Result<void> Recovery::end_log(size_t source, uint32_t page, const std::string& 
         }
     }
     const size_t first_behind = keep_segment ? source + 1 : source;
-    if (!log_.damage.empty()) {
+    if (salvage_) {
+        // Nothing is cut off here either: the repair decides what is garbage.
+        for (Source& unknown : sources_) {
+            if (unknown.segment == nullptr) {
+                unknown.segment = &segments_.add_in_memory(unknown.number, unknown.file, {});
+            }
+        }
+        if (log_.missing_before.contains(RecoveredLog::kNoBatch)) {
+            return {};
+        }
+    }
+    if (!log_.damage.empty() && !salvage_) {
         // Nothing is cut off a damaged log; what lies behind its end may still be asked for.
+        if (keep_segment) {
+            STELLARIUM_TRY(add_entries_behind(source, page));
+        }
         for (size_t i = first_behind; i < sources_.size(); ++i) {
             segments_.add(sources_[i].number);
         }
         return {};
     }
-    const char* cut = may_write_ ? "are cut off" : "are ignored";
+    const char* cut = may_write_ && !salvage_ ? "are cut off" : "are ignored";
     if (keep_segment) {
         STELLARIUM_ASSIGN(const uint64_t size, log_.tail_file->size_bytes());
         const uint64_t end = uint64_t{page} * kPageBytes;
@@ -414,8 +497,9 @@ void Counters::add_pages(uint32_t pages) {
 
 Result<RecoveredLog> recover_log(io::FileSystem& files, SegmentSet& segments,
                                  const StoreId& store_id, const SuperblockSlot& superblock,
-                                 const std::vector<uint32_t>& numbers, bool may_write) {
-    return Recovery(files, segments, store_id, superblock, may_write).run(numbers);
+                                 const std::vector<uint32_t>& numbers, bool may_write,
+                                 bool salvage) {
+    return Recovery(files, segments, store_id, superblock, may_write, salvage).run(numbers);
 }
 
 }  // namespace stellarium::nebula

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -44,6 +45,8 @@ struct BatchPosition {
 };
 
 struct RecoveredLog {
+    static constexpr uint64_t kNoBatch = UINT64_MAX;
+
     uint64_t last_sequence = 0;     ///< The log ends with this batch.
     uint64_t highest_sequence = 0;  ///< Of any valid header, also of those cut off.
     uint32_t last_segment = 0;      ///< Highest number of any segment file.
@@ -53,8 +56,11 @@ struct RecoveredLog {
     std::shared_ptr<io::File> tail_file;
     std::deque<BatchPosition> batches;
     Counters counters;
-    std::vector<std::string> damage;      ///< Proven corruption: the store must not be written.
-    bool records_lost = false;            ///< By it, records that were durable are missing.
+    std::vector<std::string> damage;  ///< Proven corruption: the store must not be written.
+    bool records_lost = false;        ///< By it, records that were durable are missing.
+    /// With salvage: why records may be missing before the batch with this number; kNoBatch: after
+    /// the last one.
+    std::map<uint64_t, std::string> missing_before;
     std::vector<std::string> warnings;    ///< What was cut off, and why.
     bool cut_tail = false;                ///< tail_segment has bytes behind tail_page.
     std::vector<uint32_t> drop_segments;  ///< Segment files behind the end of the log.
@@ -80,9 +86,12 @@ struct RecoveredLog {
 /// `numbers`: all segment files, ascending. Makes the segments from the checkpoint's position on
 /// known to `segments`, with their entries in memory. With `may_write` their files are first
 /// synced and dropped from the page cache, so that what is judged is what the disk holds (after a
-/// failed sync of an earlier process the cache may be better than the disk).
+/// failed sync of an earlier process the cache may be better than the disk). With `salvage` a
+/// damaged log is followed behind what is damaged: to the next valid batch, however far that is, as
+/// long as something proves that there was more.
 Result<RecoveredLog> recover_log(io::FileSystem& files, SegmentSet& segments,
                                  const StoreId& store_id, const SuperblockSlot& superblock,
-                                 const std::vector<uint32_t>& numbers, bool may_write);
+                                 const std::vector<uint32_t>& numbers, bool may_write,
+                                 bool salvage);
 
 }  // namespace stellarium::nebula

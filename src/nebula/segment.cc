@@ -463,6 +463,19 @@ void SegmentSet::append_entries(Segment& segment, std::span<const Entry> entries
     segment.entries_.insert(segment.entries_.end(), entries.begin(), entries.end());
 }
 
+Result<void> SegmentSet::insert_entry(Segment& segment, const Entry& entry) {
+    std::vector<Entry> entries;
+    STELLARIUM_TRY(with_entries(segment, [&](std::span<const Entry> present) {
+        entries.assign(present.begin(), present.end());
+    }));
+    const std::unique_lock lock(segment.mutex_);
+    // A pack stands before its members, which lie in its first page or later ones.
+    entries.insert(std::ranges::upper_bound(entries, place_of(entry), {}, place_of), entry);
+    segment.entries_ = std::move(entries);
+    segment.in_memory_ = true;
+    return {};
+}
+
 std::vector<Entry> SegmentSet::entries_in_memory(const Segment& segment) const {
     const std::shared_lock lock(segment.mutex_);
     return segment.entries_;

@@ -191,6 +191,8 @@ class SegmentSet {
     Segment& add_in_memory(uint32_t number, std::shared_ptr<io::File> file,
                            std::vector<Entry> entries);
     void append_entries(Segment& segment, std::span<const Entry> entries);
+    /// Adds an entry that a salvage found, where it belongs among the others.
+    Result<void> insert_entry(Segment& segment, const Entry& entry);
     /// A copy of all entries in memory, for writing a footer.
     std::vector<Entry> entries_in_memory(const Segment& segment) const;
     /// Forgets the entries in memory and maps the footer instead. False when there is no valid

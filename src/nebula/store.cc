@@ -39,6 +39,10 @@ void WriteBatch::clear() {
     data_bytes_ = 0;
 }
 
+Result<void> ReplaySink::records_missing(const std::string& why) {
+    return fail(ErrorCode::kCorrupt, why);
+}
+
 // ---- State ------------------------------------------------------------------------------------
 
 Result<void> StoreImpl::check_usable() const {
@@ -135,6 +139,10 @@ Result<void> StoreImpl::replay(ReplaySink& sink) {
     STELLARIUM_TRY(check_usable());
     assert(!replayed_.load());
     for (const BatchPosition& position : batches_) {
+        if (const auto missing = missing_before_.find(position.sequence);
+            missing != missing_before_.end()) {
+            STELLARIUM_TRY(sink.records_missing(missing->second));
+        }
         if (position.records == 0) {
             continue;
         }
@@ -147,6 +155,10 @@ Result<void> StoreImpl::replay(ReplaySink& sink) {
         STELLARIUM_TRY(view.for_each_record([&](uint16_t kind, Bytes payload) {
             return sink.replay(position.sequence, kind, payload);
         }));
+    }
+    if (const auto missing = missing_before_.find(RecoveredLog::kNoBatch);
+        missing != missing_before_.end()) {
+        STELLARIUM_TRY(sink.records_missing(missing->second));
     }
     replayed_.store(true);
     return {};

@@ -122,6 +122,9 @@ class ReplaySink {
     virtual ~ReplaySink() = default;
     /// An error stops the replay and is returned from Store::replay.
     virtual Result<void> replay(uint64_t sequence, uint16_t kind, Bytes payload) = 0;
+    /// Of a store opened for salvage (check.h): here, before what follows, durable records may be
+    /// missing, for the reason `why`.
+    virtual Result<void> records_missing(const std::string& why);
 };
 
 struct StoreOptions {

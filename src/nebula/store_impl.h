@@ -7,6 +7,8 @@
 //   store_collect.cc garbage collection: protections, marking, sweep
 //   store_reclaim.cc the dead map, and giving back what it names
 //   store_scrub.cc   looking for rot
+//   store_check.cc   checking the structure of a store that may be damaged
+//   store_repair.cc  making it whole again
 //   store.cc         the rest: batches, replay, state, close
 //
 // Thread rule: as store.h. Locks are taken in this order: checkpoint_mutex_, append_mutex_,
@@ -18,16 +20,19 @@
 #include <condition_variable>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <span>
 #include <string>
 #include <string_view>
+#include <unordered_map>
 #include <vector>
 
 #include <fmt/format.h>
 
+#include "nebula/check.h"
 #include "nebula/format.h"
 #include "nebula/index.h"
 #include "nebula/marks.h"
@@ -87,14 +92,17 @@ struct Plan {
 
 /// Lock order: checkpoint_mutex_, append_mutex_, repair_mutex_, state_mutex_; those inside
 /// SegmentSet and ChunkIndex come last.
-class StoreImpl final : public Store {
+class StoreImpl final : public SalvagedStore {
   public:
-    StoreImpl(const io::Env& env, std::string directory, const StoreOptions& options)
+    StoreImpl(const io::Env& env, std::string directory, const StoreOptions& options,
+              Salvage salvage = Salvage::kNone)
         : env_(env),
           files_(*env.files),
           directory_(std::move(directory)),
           options_(options),
-          reserve_(files_, directory_, options.read_only ? 0 : options.reserve_bytes),
+          reserve_(files_, directory_,
+                   options.read_only || salvage != Salvage::kNone ? 0 : options.reserve_bytes),
+          salvage_(salvage),
           segment_pages_(static_cast<uint32_t>(options.segment_bytes / kPageBytes)) {}
 
     Result<void> open();
@@ -126,6 +134,11 @@ class StoreImpl final : public Store {
     std::optional<std::string> read_only_reason() const override;
     std::vector<std::string> warnings() const override;
     Result<void> close() override;
+
+    // SalvagedStore.
+    Result<CheckCounts> check(const CheckOptions& options,
+                              const std::function<void(Finding)>& report) override;
+    Result<RepairReport> repair(Bytes payload) override;
 
     // For what protect() returns.
     /// Appends, and keeps what was written or found in `protection` too when that is not null.
@@ -188,6 +201,33 @@ class StoreImpl final : public Store {
         void take_off(SuperblockSlot& slot) const;
     };
 
+    /// Pages of a segment that hold neither a batch nor a footer, and are not known to be dead.
+    struct Gap {
+        PageRun run;
+        std::string why;
+        bool quiet = false;  ///< At the end of the file: the footer's place, and reported as such.
+    };
+    /// What a look at every batch of a segment file found.
+    struct SegmentScan {
+        uint32_t file_pages = 0;      ///< The last one may be cut short.
+        std::string header_problem;   ///< Of page 0; empty: none.
+        std::string footer_problem;   ///< Empty: it is good, or there is none.
+        bool has_footer = false;      ///< A good one.
+        uint32_t end_page = 1;        ///< Behind the last batch.
+        uint32_t end_of_file = 0;     ///< Behind the last page that is not the footer's.
+        uint64_t first_sequence = 0;  ///< Of its batches; 0: none is left.
+        uint64_t last_sequence = 0;
+        uint64_t first_predecessor = 0;  ///< previous_sequence of a batch at page 1.
+        bool starts_at_first_page = false;
+        bool ends_whole = true;   ///< No gap and nothing dead behind the last batch.
+        bool is_foreign = false;  ///< A whole header of another store or segment, and no batch.
+        uint64_t batches = 0;
+        std::vector<Gap> gaps;
+        std::vector<std::string> problems;  ///< Batches that do not follow each other.
+        std::vector<Entry> entries;         ///< Of the batches, members of packs included.
+        std::vector<Entry> footer_entries;
+    };
+
     // Opening.
     Result<void> read_superblock();
     Result<void> open_dead_map();
@@ -195,6 +235,34 @@ class StoreImpl final : public Store {
     Result<void> apply_recovery(RecoveredLog& log);
     Result<void> open_index();
     Result<void> remove_leftovers();
+
+    // Salvage.
+    void note(Finding finding) { open_findings_.push_back(std::move(finding)); }
+    Result<SegmentScan> scan_segment(Segment& segment);
+    /// True when batches are missing between the end of a segment and the beginning of the next.
+    bool ends_early(uint32_t number, const SegmentScan& scan, uint32_t next_number,
+                    const SegmentScan& next) const;
+    void report_scan(Segment& segment, const SegmentScan& scan, CheckCounts& counts,
+                     const std::function<void(Finding)>& report);
+    /// Nothing proves that this segment's batches were ever acknowledged.
+    bool is_behind_log(uint32_t number) const;
+    Result<void> check_new_entries(Segment& segment, const std::function<void(Finding)>& report);
+    Result<void> check_index(const std::function<void(Finding)>& report);
+    Result<void> check_data(const CheckOptions& options, CheckCounts& counts,
+                            const std::function<void(Finding)>& report);
+    /// Looks at everything that may lie in gaps; `gap_contents_` has it then.
+    Result<void> search_gaps();
+    Result<void> search_gap(Segment& segment, const PageRun& run);
+    /// What a gap may hold under this id.
+    Result<std::optional<Found>> find_in_gaps(const ChunkId& id);
+    /// Stores again what can be read in the gaps, and gives up the rest.
+    Result<void> evacuate(Segment& segment, const SegmentScan& scan, bool lost_end,
+                          RepairReport& report);
+    Result<void> rebuild_index();
+    Result<void> count_anew();
+    Result<void> publish_repair(Bytes payload);
+    Result<void> rewrite_metadata(Segment& segment, const SegmentScan& scan, bool lost_end,
+                                  RepairReport& report);
 
     // Finding.
     Result<std::optional<Found>> confirm(const ChunkId& id, PageAddress address, Want want);
@@ -290,6 +358,7 @@ class StoreImpl final : public Store {
     Reserve reserve_;
     std::atomic<uint64_t> full_appends_ = 0;
     std::atomic<bool> disk_full_ = false;
+    const Salvage salvage_;
     const uint32_t segment_pages_;
     std::unique_ptr<io::FileLock> lock_;
     std::shared_ptr<io::File> superblock_file_;
@@ -345,8 +414,24 @@ class StoreImpl final : public Store {
     uint64_t unfreed_bytes_ = 0;      ///< Named by the dead map, and not yet given back.
     uint64_t reclaimable_bytes_ = 0;  ///< See StoreStats::dead_bytes.
     std::optional<std::string> read_only_reason_;
-    bool records_lost_ = false;  ///< Set by open().
+    bool records_lost_ = false;                       ///< Set by open().
+    std::map<uint64_t, std::string> missing_before_;  ///< See RecoveredLog. Set by open().
     mutable std::vector<std::string> warnings_;
+
+    // Of a salvage, by one thread.
+    struct GapContent {
+        Segment* segment = nullptr;
+        Entry entry;
+    };
+    std::vector<Finding> open_findings_;  ///< What open() had to work around.
+    bool superblock_copies_differ_ = false;
+    bool dead_map_lost_ = false;
+    uint32_t log_end_segment_ = 0;  ///< Where the log was found to end; 0: before any segment.
+    uint32_t log_end_page_ = 0;
+    uint32_t last_found_segment_ = 0;                ///< Those above it are made by the salvage.
+    std::map<uint32_t, std::vector<PageRun>> gaps_;  ///< By segment, as check() found them.
+    bool gaps_searched_ = false;
+    std::unordered_map<ChunkId, GapContent, Hash256Hasher> gap_contents_;
 };
 
 template <typename Work>

@@ -97,6 +97,9 @@ Result<StoreImpl::Found> StoreImpl::find(const ChunkId& id, std::optional<PageAd
         STELLARIUM_TRY(with_index([&] { return audit_index(); }));
         STELLARIUM_ASSIGN(found, probe(id, want));
     }
+    if (!found && salvage_ != Salvage::kNone) {
+        STELLARIUM_ASSIGN(found, find_in_gaps(id));
+    }
     if (found) {
         return *found;
     }

@@ -171,6 +171,21 @@ Result<void> StoreImpl::open() {
     STELLARIUM_TRY(open_segments());
     STELLARIUM_TRY(open_index());
     STELLARIUM_TRY(finish_reclaim());
+    if (salvage_ != Salvage::kNone) {
+        return {};
+    }
+    if (superblock_copies_differ_ && writable_.load()) {
+        // What a crash tore, or rot took, is whole again before the next trouble.
+        const std::lock_guard guard(checkpoint_mutex_);
+        for (int i = 0; i < 2 && writable_.load(); ++i) {
+            SuperblockSlot slot = superblock_;
+            if (auto written = publish(slot); !written) {
+                warn(fmt::format("a damaged copy of the superblock could not be written anew: {}",
+                                 written.error().message()));
+                break;
+            }
+        }
+    }
     STELLARIUM_TRY(remove_leftovers());
     if (writable_.load()) {
         reserve_.hold();
@@ -189,7 +204,9 @@ Result<void> StoreImpl::read_superblock() {
     }
     std::vector<std::byte> page(kPageBytes);
     std::optional<SuperblockSlot> newest;
+    std::optional<SuperblockSlot> older;
     std::vector<std::string> damage;
+    std::array<uint64_t, kSuperblockSlots> generations{};
     for (size_t i = 0; i < kSuperblockSlots; ++i) {
         const uint64_t offset = i * kPageBytes;
         auto slot = [&]() -> Result<SuperblockSlot> {
@@ -206,9 +223,44 @@ Result<void> StoreImpl::read_superblock() {
         }
         if (!slot) {
             damage.push_back(slot.error().message());
-        } else if (!newest || slot->generation > newest->generation) {
-            newest = *slot;
+            superblock_copies_differ_ = true;
+            note({.kind = Finding::Kind::kSuperblock,
+                  .what = "a copy of the superblock is damaged: " + slot.error().message(),
+                  .file = path,
+                  .offset = offset,
+                  .consequence = "none as long as another copy of it is whole",
+                  .advice = "--repair, or opening the store for writing, writes it anew"});
+            continue;
         }
+        generations.at(i) = slot->generation;
+        if (!newest || slot->generation > newest->generation) {
+            older = std::exchange(newest, *slot);
+        } else if (slot->generation < newest->generation &&
+                   (!older || slot->generation > older->generation)) {
+            older = *slot;
+        }
+    }
+    for (size_t i = 0; i < kSuperblockSlots; i += 2) {
+        superblock_copies_differ_ =
+            superblock_copies_differ_ || generations.at(i) != generations.at(i + 1);
+    }
+    if (salvage_ == Salvage::kOlderCheckpoint && newest) {
+        if (!older || older->sequence == newest->sequence) {
+            return fail(ErrorCode::kNotFound, fmt::format("{} has no older checkpoint", path));
+        }
+        // The first generation that is written goes over the newest one, which is of no use, and
+        // not over the one that is.
+        const uint64_t generation = newest->generation + 1;
+        note({.kind = Finding::Kind::kSuperblock,
+              .what = fmt::format("the newest checkpoint, at batch {}, cannot be used; the one "
+                                  "before it, at batch {}, and the log behind that are",
+                                  newest->sequence.get(), older->sequence.get()),
+              .file = path,
+              .offset = 2 * (newest->generation % 2) * kPageBytes,
+              .consequence = "opening the store for writing fails",
+              .advice = "--repair makes a new checkpoint"});
+        newest = older;
+        newest->generation = generation;
     }
     if (!newest) {
         return fail(ErrorCode::kCorrupt,
@@ -259,7 +311,8 @@ Result<void> StoreImpl::open_segments() {
         STELLARIUM_TRY(files_.sync_directory(directory));
     }
     STELLARIUM_ASSIGN(RecoveredLog log,
-                      recover_log(files_, *segments_, store_id_, superblock_, numbers, may_write));
+                      recover_log(files_, *segments_, store_id_, superblock_, numbers, may_write,
+                                  salvage_ != Salvage::kNone));
     return apply_recovery(log);
 }
 
@@ -268,6 +321,32 @@ Result<void> StoreImpl::apply_recovery(RecoveredLog& log) {
         warn(std::move(sentence));
     }
     records_lost_ = log.records_lost;
+    missing_before_ = std::move(log.missing_before);
+    log_end_segment_ = log.tail_segment;
+    log_end_page_ = log.tail_page;
+    last_found_segment_ = log.last_segment;
+    if (salvage_ != Salvage::kNone) {
+        for (const std::string& sentence : log.damage) {
+            note({.kind = Finding::Kind::kLog,
+                  .what = sentence,
+                  .file = join_path(directory_, kSegmentsName),
+                  .consequence = log.records_lost
+                                     ? "the store opens read-only, and changes that were "
+                                       "acknowledged are missing: volumes are refused"
+                                     : "the store opens read-only",
+                  .advice = "--repair makes a checkpoint of what is left, and the store can be "
+                            "written again"});
+        }
+        // The next batch goes into a new segment, so that nothing that is there is changed.
+        sequence_.store(log.last_sequence);
+        durable_sequence_ = log.last_sequence;
+        highest_sequence_ = log.highest_sequence;
+        last_segment_ = log.last_segment;
+        counters_ = log.counters;
+        batches_ = std::move(log.batches);
+        checkpoint_appended_bytes_ = superblock_.appended_bytes;
+        return {};
+    }
     if (!log.damage.empty()) {
         for (const std::string& sentence : log.damage) {
             warn(sentence);
@@ -347,6 +426,11 @@ Result<void> StoreImpl::open_index() {
         } else {
             warn(fmt::format("{}; the index is rebuilt from the segments",
                              opened.error().message()));
+            note({.kind = Finding::Kind::kIndex,
+                  .what = "the index cannot be used: " + opened.error().message(),
+                  .file = path,
+                  .consequence = "opening the store takes longer; nothing is lost",
+                  .advice = "--repair writes it anew"});
             index_bytes_written_ = 0;
         }
     }

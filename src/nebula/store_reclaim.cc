@@ -48,6 +48,17 @@ Result<void> StoreImpl::open_dead_map() {
             fmt::format("the map of what garbage collection has freed cannot be used: {}",
                         read.error().message());
         warn(reason);
+        if (salvage_ != Salvage::kNone) {
+            dead_map_lost_ = true;
+            note({.kind = Finding::Kind::kDeadMap,
+                  .what = reason,
+                  .file = path,
+                  .consequence = "the store opens read-only: what was freed would be taken for "
+                                 "content",
+                  .advice = "--repair reads all data and makes a new map of what does not match "
+                            "its id"});
+            return {};
+        }
         set_read_only(reason);
         return {};
     }
@@ -72,7 +83,8 @@ Result<void> StoreImpl::finish_reclaim() {
     }
     segments_->set_dead_map({});
     recorded_damage_version_ = segments_->damage_version();
-    if (all_freed || superblock_.dead_map_generation == 0 || !writable_.load()) {
+    if (all_freed || superblock_.dead_map_generation == 0 || !writable_.load() ||
+        salvage_ != Salvage::kNone) {
         return {};
     }
     const std::lock_guard guard(checkpoint_mutex_);
