@@ -55,6 +55,19 @@ bool ChunkUserFinder::full(const Runs& out) const {
     return out.size() >= kMaxBadRanges;
 }
 
+Result<bool> ChunkUserFinder::is_bad(const Extent& extent,
+                                     std::optional<nebula::PageAddress> hint) const {
+    if (extent.hole) {
+        return false;
+    }
+    if (bad_.contains(extent.id)) {
+        return true;
+    }
+    return judge_.is_bad
+               ? judge_.is_bad(extent.id, hint, uint32_t{extent.first_in_chunk} + extent.pages)
+               : Result<bool>(false);
+}
+
 /// nullopt: it is bad.
 Result<std::optional<NodeContent>> ChunkUserFinder::read(const NodeVisit& at) {
     if (bad_.contains(at.ref.id)) {
@@ -65,6 +78,9 @@ Result<std::optional<NodeContent>> ChunkUserFinder::read(const NodeVisit& at) {
     auto node = read_and_decode(store_, at);
     if (!node) {
         if (is_damage(node.error())) {
+            if (judge_.unreadable) {
+                judge_.unreadable(at.ref, node.error());
+            }
             return std::nullopt;
         }
         return std::unexpected(std::move(node).error());
@@ -123,14 +139,22 @@ Result<bool> ChunkUserFinder::visit(const NodeVisit& at, Runs& out) {
     if (!content) {
         node.runs.push_back({.page = 0, .pages = pages_of(at.level), .cause = at.ref.id});
     } else {
+        Result<void> judged;
         for_each_extent(*content, [&](uint64_t, uint64_t page, size_t index) {
             const Extent& extent = content->table.extents[index];
-            if (!extent.hole && bad_.contains(extent.id)) {
+            if (!judged || extent.hole) {
+                return;
+            }
+            const auto bad = is_bad(extent, content->table.hints[content->table.ordinals[index]]);
+            if (!bad) {
+                judged = std::unexpected(bad.error());
+            } else if (*bad) {
                 append_run(node.runs, {.page = page - first_page_of(at.leaf),
                                        .pages = extent.pages,
                                        .cause = extent.id});
             }
         });
+        STELLARIUM_TRY(std::move(judged));
         for (const NodeVisit& child : content->children) {
             STELLARIUM_ASSIGN(const bool is_bad, visit(child, out));
             if (is_bad) {
@@ -163,7 +187,8 @@ Result<bool> ChunkUserFinder::visit_memory(const DeltaNode& node, uint64_t leaf,
     const size_t before = out.size();
     for (const DeltaEntry& entry : node.body.entries) {
         for (const Extent& extent : *entry.extents) {
-            if (!extent.hole && bad_.contains(extent.id) && !full(out)) {
+            STELLARIUM_ASSIGN(const bool bad, is_bad(extent, extent.chunk_address));
+            if (bad && !full(out)) {
                 out.push_back({.page = first_page_of(leaf + entry.leaf) + extent.first_page,
                                .pages = extent.pages,
                                .cause = extent.id});

@@ -41,11 +41,25 @@
 
 namespace stellarium::nova {
 
+/// Asked about what a walk comes to, when not all that is bad is known before.
+struct ChunkJudge {
+    /// Whether a chunk is bad of which pages below `end_page` are referred to. Asked for each
+    /// reference of each distinct node.
+    std::function<Result<bool>(const ChunkId& id, std::optional<nebula::PageAddress> hint,
+                               uint32_t end_page)>
+        is_bad{};
+    /// Told of each node that cannot be read or decoded, and why; more than once, perhaps.
+    std::function<void(const NodeRef& node, const Error& error)> unreadable{};
+};
+
 class ChunkUserFinder {
   public:
     /// `bad`: chunks, and nodes, that are damaged or missing. Copied.
     ChunkUserFinder(nebula::Store& store, std::span<const ChunkId> bad)
         : store_(store), bad_(bad.begin(), bad.end()) {}
+    /// The judge knows, or finds out, what is bad.
+    ChunkUserFinder(nebula::Store& store, ChunkJudge judge)
+        : store_(store), judge_(std::move(judge)) {}
 
     /// Ascending, cut at the size; what touches and has the same cause is one range.
     Result<BadRanges> ranges_of(const VolumeState& state, const std::function<bool()>& cancelled);
@@ -70,6 +84,7 @@ class ChunkUserFinder {
     using Key = std::pair<uint64_t, uint64_t>;
     static Key key_of(const Hash256& id);
 
+    Result<bool> is_bad(const Extent& extent, std::optional<nebula::PageAddress> hint) const;
     Result<bool> visit(const NodeVisit& at, Runs& out);
     Result<bool> visit_memory(const DeltaNode& node, uint64_t leaf, Runs& out);
     Result<void> visit_children(const std::vector<NodeVisit>& children, const NodeVisit& at,
@@ -85,6 +100,7 @@ class ChunkUserFinder {
 
     nebula::Store& store_;
     const absl::flat_hash_set<ChunkId, Hash256Hasher> bad_;
+    const ChunkJudge judge_;
     absl::flat_hash_set<Key> good_leaves_;
     absl::flat_hash_set<Key> good_inner_;
     absl::flat_hash_map<Key, BadNode> bad_nodes_;

@@ -1,0 +1,587 @@
+// fsck on pools that are whole, and on pools damaged in every kind of place: it finds what is
+// wrong, changes nothing unless told to, and what a repair leaves is right or refused.
+#include "nova/check.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include "base/test_scale.h"
+#include "nebula/format.h"
+#include "nebula/segment.h"
+#include "nova/testing/test_pool.h"
+
+namespace stellarium::nova {
+namespace {
+
+using namespace stellarium::nova::testing;  // NOLINT(google-build-using-namespace)
+
+using Content = std::vector<std::byte>;
+using Kind = nebula::Finding::Kind;
+constexpr const char* kDirectory = TestPool::kDirectory;
+constexpr uint64_t kPage = nebula::kPageBytes;
+
+std::string segment_path(uint32_t number) {
+    return fmt::format("{}/{}", kDirectory, nebula::segment_file_name(number));
+}
+
+std::string describe(const CheckReport& report) {
+    std::string text;
+    for (const nebula::Finding& finding : report.findings) {
+        text += fmt::format("{}{}: {} [{} {}] -> {}\n", finding.harmless ? "(note) " : "",
+                            to_string(finding.kind), finding.what, finding.file,
+                            finding.offset.value_or(0), finding.consequence);
+    }
+    for (const LostRange& range : report.lost) {
+        text +=
+            fmt::format("lost {} {}+{}\n", range.source, range.offset_bytes, range.length_bytes);
+    }
+    for (const std::string& name : report.unknown) {
+        text += fmt::format("unknown {}\n", name);
+    }
+    return text;
+}
+
+bool has(const CheckReport& report, Kind kind) {
+    return std::ranges::any_of(report.findings, [kind](const nebula::Finding& finding) {
+        return finding.kind == kind && !finding.harmless;
+    });
+}
+
+PoolOptions check_pool_options() {
+    PoolOptions options = TestPool::small_options();
+    options.store.segment_bytes = nebula::kMinSegmentBytes;
+    return options;
+}
+
+Result<CheckReport> look(io::SimulatedMachine& machine, bool data = false, bool repair = false) {
+    PoolCheckOptions options;
+    options.store = check_pool_options().store;
+    options.repair = repair;
+    options.check.data = data;
+    return check_pool(machine.env(), kDirectory, options);
+}
+
+/// A pool with an image, volumes, snapshots, garbage and freed space, whose process is gone.
+class Sample {
+  public:
+    /// With `tail`, changes follow the last checkpoint, synced.
+    explicit Sample(bool tail) : pool_(1, check_pool_options()) {
+        import_image(*pool_, "debian", random_bytes(600'000, 1));
+        import_image(*pool_, "gone", random_bytes(300'000, 2));
+        must(pool_->clone("debian", {"a", "b"}));
+        must(pool_->create_volume("c", uint64_t{8} << 20));
+        for (uint64_t i = 0; i < 12; ++i) {
+            write_to("a", i * 40'960, 100 + i);
+            write_to("c", i * 500'000 / 512 * 512, 200 + i);
+        }
+        must(pool_->create_snapshot("a", "s"));
+        must(pool_->remove({"gone"}));
+        must(pool_->checkpoint());
+        must(pool_->gc({}));
+        for (uint64_t i = 0; i < 6; ++i) {
+            write_to("b", i * 20'480, 300 + i);
+            write_to("a", i * 61'440, 400 + i);
+        }
+        must(pool_->checkpoint());
+        if (tail) {
+            for (uint64_t i = 0; i < 4; ++i) {
+                write_to("b", 200'000 / 512 * 512 + i * 4096, 500 + i);
+            }
+            must(pool_->clone("debian", {"late"}));
+            import_image(*pool_, "last", random_bytes(100'000, 3));
+        }
+        for (const std::string& source : sources()) {
+            contents_[source] = export_all(*pool_, source);
+        }
+        pool_.close();
+        if (tail) {
+            // Closing makes a checkpoint: take the machine as it was before.
+            machine_ = std::move(before_close_);
+        } else {
+            machine_ = pool_.machine().files().fork();
+        }
+    }
+
+    std::unique_ptr<io::SimulatedMachine> copy() const {
+        return std::make_unique<io::SimulatedMachine>(machine_->fork(), 2);
+    }
+    const std::map<std::string, Content>& contents() const { return contents_; }
+
+    std::vector<std::string> sources() {
+        std::vector<std::string> names;
+        for (const EntityInfo& info : pool_->images()) {
+            names.push_back(info.name);
+        }
+        for (const EntityInfo& info : pool_->volumes()) {
+            names.push_back(info.name);
+        }
+        for (const EntityInfo& info : must(pool_->snapshots(""))) {
+            names.push_back(info.name);
+        }
+        before_close_ = pool_.machine().files().fork();
+        return names;
+    }
+
+  private:
+    void write_to(const std::string& volume, uint64_t offset, uint64_t seed) {
+        auto device = must(pool_->attach(volume, {}));
+        must(write(*device, offset, random_bytes(8192, seed)));
+        must(flush(*device));
+    }
+
+    TestPool pool_;
+    std::unique_ptr<io::SimulatedFileSystem> before_close_;
+    std::unique_ptr<io::SimulatedFileSystem> machine_;
+    std::map<std::string, Content> contents_;
+};
+
+const Sample& closed_sample() {
+    static const Sample sample(/*tail=*/false);
+    return sample;
+}
+const Sample& open_sample() {
+    static const Sample sample(/*tail=*/true);
+    return sample;
+}
+
+std::vector<std::string> files_of(io::SimulatedMachine& machine) {
+    std::vector<std::string> paths;
+    for (const std::string& directory :
+         {std::string(kDirectory), fmt::format("{}/segments", kDirectory)}) {
+        for (const io::DirectoryEntry& entry : must(machine.files().list(directory))) {
+            // The lock and the reserve hold nothing.
+            if (!entry.is_directory && entry.name != "lock" && entry.name != "reserve") {
+                paths.push_back(directory + "/" + entry.name);
+            }
+        }
+    }
+    std::ranges::sort(paths);
+    return paths;
+}
+
+Content bytes_of_file(io::SimulatedMachine& machine, const std::string& path) {
+    const auto file = must(machine.files().open(path, io::OpenMode::kReadOnly));
+    Content bytes(must(file->size_bytes()));
+    must(io::read_exact(*file, bytes, 0));
+    return bytes;
+}
+
+void put_file(io::SimulatedMachine& machine, const std::string& path, const Content& bytes) {
+    const auto file = must(machine.files().open(path, io::OpenMode::kCreate));
+    must(file->truncate(0));
+    must(io::write_all(*file, Bytes(bytes), 0));
+    must(file->datasync());
+}
+
+std::map<std::string, Content> everything(io::SimulatedMachine& machine) {
+    std::map<std::string, Content> all;
+    for (const std::string& path : files_of(machine)) {
+        all[path] = bytes_of_file(machine, path);
+    }
+    return all;
+}
+
+/// Where batches begin in a segment, with the page behind each.
+std::vector<nebula::ScannedBatch> batches_of(io::SimulatedMachine& machine, uint32_t number) {
+    const Content superblock = bytes_of_file(machine, fmt::format("{}/superblock", kDirectory));
+    const auto slot = nebula::decode_superblock_slot(Bytes(superblock).first(kPage));
+    const auto file = must(machine.files().open(segment_path(number), io::OpenMode::kReadOnly));
+    std::vector<nebula::ScannedBatch> batches;
+    for (uint32_t page = 1;;) {
+        const auto next = must(nebula::find_batch(*file, slot->store_id, number, page));
+        if (!next) {
+            return batches;
+        }
+        batches.push_back(must(
+            nebula::read_batch(*file, slot->store_id, number, *next, nebula::DataCheck::kNone)));
+        page = batches.back().end_page;
+    }
+}
+
+nebula::SuperblockSlot newest_slot(io::SimulatedMachine& machine) {
+    const Content bytes = bytes_of_file(machine, fmt::format("{}/superblock", kDirectory));
+    std::optional<nebula::SuperblockSlot> newest;
+    for (size_t i = 0; i < nebula::kSuperblockSlots; ++i) {
+        const auto slot = nebula::decode_superblock_slot(Bytes(bytes).subspan(i * kPage, kPage));
+        if (slot && (!newest || slot->generation > newest->generation)) {
+            newest = *slot;
+        }
+    }
+    return *newest;
+}
+
+/// What `report` says of the pool is true: what it does not call lost or unknown reads as it was,
+/// and what it does cannot be read. Returns how many bytes were read.
+uint64_t expect_true(io::SimulatedMachine& machine, const Sample& sample, const CheckReport& report,
+                     const std::string& what) {
+    auto opened = Pool::open(machine.env(), kDirectory, check_pool_options());
+    if (!opened) {
+        ADD_FAILURE() << what << ": " << opened.error().message();
+        return 0;
+    }
+    Pool& pool = **opened;
+    EXPECT_EQ(pool.read_only_reason(), std::nullopt) << what;
+    uint64_t read_bytes = 0;
+    for (const auto& [source, content] : sample.contents()) {
+        const bool unknown = std::ranges::find(report.unknown, source) != report.unknown.end();
+        auto reader = pool.open_reader(source);
+        if (unknown) {
+            EXPECT_FALSE(reader) << what << ": " << source;
+            continue;
+        }
+        if (!reader) {
+            // Gone with the records that made it.
+            EXPECT_TRUE(reader.error().code() == ErrorCode::kNotFound &&
+                        (source == "late" || source == "last"))
+                << what << ": " << reader.error().message();
+            continue;
+        }
+        const uint64_t size = content.size();
+        EXPECT_EQ((*reader)->size_bytes(), size) << what << ": " << source;
+        for (uint64_t at = 0; at < size; at += kPage) {
+            Content page(std::min(kPage, size - at));
+            const bool lost = std::ranges::any_of(report.lost, [&](const LostRange& range) {
+                return range.source == source && at >= range.offset_bytes &&
+                       at < range.offset_bytes + range.length_bytes;
+            });
+            const auto read = (*reader)->read(at, page);
+            EXPECT_EQ(read.has_value(), !lost)
+                << what << ": " << source << " at " << at
+                << (read ? std::string() : ": " + read.error().message());
+            if (read) {
+                EXPECT_TRUE(std::ranges::equal(page, Bytes(content).subspan(at, page.size())))
+                    << what << ": other content of " << source << " at " << at;
+                read_bytes += page.size();
+            }
+            if (::testing::Test::HasFailure()) {
+                return read_bytes;
+            }
+        }
+    }
+    must(pool.close());
+    return read_bytes;
+}
+
+/// Checks, repairs, checks again, and compares with what the pool held.
+void expect_repaired(const Sample& sample, io::SimulatedMachine& machine, const std::string& what,
+                     bool must_be_found) {
+    const auto before = everything(machine);
+    const auto found = look(machine, /*data=*/true);
+    ASSERT_TRUE(found) << what << ": " << found.error().message();
+    EXPECT_TRUE(before == everything(machine)) << what << ": fsck changed something";
+    if (must_be_found) {
+        EXPECT_TRUE(found->damaged()) << what;
+    }
+    if (!found->usable) {
+        return;  // Said so. Nothing can be repaired.
+    }
+    const auto repaired = look(machine, /*data=*/true, /*repair=*/true);
+    ASSERT_TRUE(repaired) << what << ": " << repaired.error().message();
+    const auto again = look(machine, /*data=*/true);
+    ASSERT_TRUE(again) << what << ": " << again.error().message();
+    EXPECT_EQ(repaired->repair.has_value(), found->damaged()) << what;
+    for (const nebula::Finding& finding : again->findings) {
+        EXPECT_TRUE(finding.harmless || finding.kind == Kind::kVolume ||
+                    ((finding.kind == Kind::kChunk || finding.kind == Kind::kObject) &&
+                     !again->lost.empty()))
+            << what << ": left after a repair:\n"
+            << describe(*again) << "of:\n"
+            << describe(*found);
+    }
+    expect_true(machine, sample, *again, what + "\n" + describe(*found));
+}
+
+// --- Whole pools ---------------------------------------------------------------------------------
+
+TEST(Fsck, APoolThatIsWholeIsClean) {
+    for (const Sample* sample : {&closed_sample(), &open_sample()}) {
+        const auto machine = sample->copy();
+        const auto before = everything(*machine);
+        machine->files().reset_counts();
+        const auto report = look(*machine, /*data=*/true);
+        ASSERT_TRUE(report) << report.error().message();
+        EXPECT_FALSE(report->damaged()) << describe(*report);
+        EXPECT_TRUE(report->lost.empty() && report->unknown.empty());
+        EXPECT_EQ(machine->files().counts().of(io::OperationKind::kWrite), 0U);
+        EXPECT_TRUE(before == everything(*machine));
+        EXPECT_GE(report->volumes, 3U);
+        EXPECT_EQ(report->snapshots, 1U);
+        EXPECT_GT(report->counts.data_bytes, 600'000U);
+        // A repair of what is whole does nothing.
+        const auto repaired = look(*machine, /*data=*/false, /*repair=*/true);
+        ASSERT_TRUE(repaired) << repaired.error().message();
+        EXPECT_FALSE(repaired->repair);
+    }
+}
+
+TEST(Fsck, APoolInUseIsLeftAlone) {
+    TestPool pool(1, check_pool_options());
+    const auto report = look(pool.machine());
+    ASSERT_FALSE(report);
+    EXPECT_EQ(report.error().code(), ErrorCode::kBusy) << report.error().message();
+    const auto repaired = look(pool.machine(), false, /*repair=*/true);
+    ASSERT_FALSE(repaired);
+    EXPECT_EQ(repaired.error().code(), ErrorCode::kBusy) << repaired.error().message();
+}
+
+TEST(Fsck, NoPoolIsNotFound) {
+    io::SimulatedMachine machine(1);
+    const auto report = look(machine);
+    ASSERT_FALSE(report);
+    EXPECT_EQ(report.error().code(), ErrorCode::kNotFound);
+}
+
+// --- Damage --------------------------------------------------------------------------------------
+
+TEST(Fsck, FlippedBytesAnywhereAreFoundAndRepaired) {
+    const uint64_t cases = scaled(80, 12);
+    for (const Sample* sample : {&closed_sample(), &open_sample()}) {
+        const auto all = everything(*sample->copy());
+        uint64_t total = 0;
+        for (const auto& [path, bytes] : all) {
+            total += bytes.size();
+        }
+        io::SeededRandom random(first_seed());
+        for (uint64_t i = 0; i < cases; ++i) {
+            std::array<uint64_t, 2> draw{};
+            random.fill(std::as_writable_bytes(std::span(draw)));
+            // Half of them in the small files and in headers, where most is at stake.
+            auto at = draw[0] % total;
+            auto it = all.begin();
+            while (at >= it->second.size()) {
+                at -= it->second.size();
+                ++it;
+            }
+            if (i % 2 == 0) {
+                it = std::next(all.begin(), static_cast<ptrdiff_t>(draw[0] % all.size()));
+                at = draw[1] % it->second.size();
+            }
+            const auto machine = sample->copy();
+            machine->files().damage(it->first, at, 1, draw[1]);
+            expect_repaired(*sample, *machine, fmt::format("a flip in {} at {}", it->first, at),
+                            /*must_be_found=*/false);
+            if (HasFatalFailure() || HasNonfatalFailure()) {
+                return;
+            }
+        }
+    }
+}
+
+TEST(Fsck, EveryHeaderThatRotsIsFound) {
+    for (const Sample* sample : {&closed_sample(), &open_sample()}) {
+        const auto whole = sample->copy();
+        for (const std::string& path : files_of(*whole)) {
+            const std::string name = path.substr(path.rfind('/') + 1);
+            const auto number = nebula::parse_segment_file_name(name);
+            std::vector<uint64_t> offsets{0};
+            if (number) {
+                offsets.push_back(20);  // In the segment's header.
+                for (const nebula::ScannedBatch& batch : batches_of(*whole, *number)) {
+                    offsets.push_back(uint64_t{batch.page} * kPage + 60);
+                }
+            }
+            for (const uint64_t offset : offsets) {
+                const auto machine = sample->copy();
+                machine->files().damage(path, offset, 4, offset + 1);
+                // A torn end is none: the last batch of an unclean log may be one.
+                const auto found = look(*machine);
+                ASSERT_TRUE(found) << found.error().message();
+                EXPECT_TRUE(found->damaged() || !found->findings.empty())
+                    << path << " at " << offset;
+                expect_repaired(*sample, *machine, fmt::format("{} at {}", path, offset),
+                                /*must_be_found=*/false);
+                if (HasFailure()) {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+TEST(Fsck, MissingAndTruncatedFilesAreFoundAndRepaired) {
+    for (const Sample* sample : {&closed_sample(), &open_sample()}) {
+        for (const auto& [path, bytes] : everything(*sample->copy())) {
+            for (const int part : {0, 1, 2, 3}) {
+                const auto machine = sample->copy();
+                if (part == 3) {
+                    must(machine->files().remove(path));
+                } else {
+                    Content rest = bytes;
+                    rest.resize(bytes.size() * static_cast<size_t>(part) / 3 + 17 * part);
+                    put_file(*machine, path, rest);
+                }
+                expect_repaired(*sample, *machine, fmt::format("{} part {}", path, part),
+                                /*must_be_found=*/false);
+                if (HasFailure()) {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+TEST(Fsck, FilesOfOtherStoresAndPlacesAreFoundAndRepaired) {
+    const Sample& sample = closed_sample();
+    TestPool other(77, check_pool_options());
+    import_image(*other, "other", random_bytes(700'000, 9));
+    other.close();
+    const auto all = everything(*sample.copy());
+    for (const auto& [path, bytes] : all) {
+        const auto machine = sample.copy();
+        if (!must(other.machine().files().exists(path))) {
+            continue;
+        }
+        put_file(*machine, path, bytes_of_file(other.machine(), path));
+        expect_repaired(sample, *machine, "another store's " + path, /*must_be_found=*/true);
+        if (HasFailure()) {
+            return;
+        }
+    }
+    // Two segments of the store change places.
+    const auto machine = sample.copy();
+    std::vector<std::string> segments;
+    for (const auto& [path, bytes] : all) {
+        if (path.ends_with(".seg")) {
+            segments.push_back(path);
+        }
+    }
+    ASSERT_GE(segments.size(), 3U);
+    put_file(*machine, segments[0], all.at(segments[1]));
+    put_file(*machine, segments[1], all.at(segments[0]));
+    expect_repaired(sample, *machine, "swapped segments", /*must_be_found=*/true);
+}
+
+TEST(Fsck, AMissingSegmentIsNamedWithWhatItHeld) {
+    const Sample& sample = closed_sample();
+    const auto machine = sample.copy();
+    must(machine->files().remove(segment_path(1)));
+    const auto report = look(*machine);
+    ASSERT_TRUE(report) << report.error().message();
+    EXPECT_TRUE(report->damaged());
+    ASSERT_FALSE(report->lost.empty()) << describe(*report);
+    EXPECT_TRUE(std::ranges::any_of(report->findings, [](const nebula::Finding& finding) {
+        return finding.file == segment_path(1) && finding.id &&
+               finding.consequence.find("image 'debian' bytes ") != std::string::npos;
+    })) << describe(*report);
+}
+
+// --- Lost records --------------------------------------------------------------------------------
+
+/// The sample with a batch behind the checkpoint gone.
+std::unique_ptr<io::SimulatedMachine> without_batch_behind_checkpoint(size_t which) {
+    auto machine = open_sample().copy();
+    const nebula::SuperblockSlot slot = newest_slot(*machine);
+    std::vector<nebula::ScannedBatch> behind;
+    for (const nebula::ScannedBatch& batch : batches_of(*machine, slot.log_segment)) {
+        if (batch.page >= slot.log_page.get()) {
+            behind.push_back(batch);
+        }
+    }
+    EXPECT_GT(behind.size(), which + 1);
+    machine->files().damage(segment_path(slot.log_segment),
+                            uint64_t{behind.at(which).page} * kPage + 100, 3, 1);
+    return machine;
+}
+
+TEST(Fsck, ACatalogBehindARottenHeaderIsFound) {
+    const auto machine = without_batch_behind_checkpoint(0);
+    const auto found = look(*machine);
+    ASSERT_TRUE(found) << found.error().message();
+    EXPECT_TRUE(found->damaged() && found->usable) << describe(*found);
+    EXPECT_TRUE(has(*found, Kind::kLog) && has(*found, Kind::kBatch)) << describe(*found);
+    // Nobody knows what the batch held: volumes are refused, images are served.
+    EXPECT_EQ(found->unknown, (std::vector<std::string>{"a", "b", "c"})) << describe(*found);
+    const auto repaired = look(*machine, false, /*repair=*/true);
+    ASSERT_TRUE(repaired) << repaired.error().message();
+    ASSERT_TRUE(repaired->repair);
+    EXPECT_TRUE(repaired->lost.empty()) << describe(*repaired);
+    expect_true(*machine, open_sample(), *repaired, "a rotten header");
+
+    // With the unknown volumes gone, or rolled back, all is well.
+    auto pool = must(Pool::open(machine->env(), kDirectory, check_pool_options()));
+    must(pool->rollback("a", "s"));
+    must(pool->remove({"b", "c"}));
+    must(pool->close());
+    pool.reset();
+    const auto after = look(*machine, /*data=*/true);
+    ASSERT_TRUE(after) << after.error().message();
+    EXPECT_FALSE(after->damaged()) << describe(*after);
+}
+
+TEST(Fsck, WhatFollowsLostRecordsIsKept) {
+    const auto machine = without_batch_behind_checkpoint(2);
+    const auto repaired = look(*machine, false, /*repair=*/true);
+    ASSERT_TRUE(repaired) << repaired.error().message();
+    EXPECT_EQ(repaired->unknown, (std::vector<std::string>{"a", "b", "c"})) << describe(*repaired);
+    auto pool = must(Pool::open(machine->env(), kDirectory, check_pool_options()));
+    EXPECT_TRUE(pool->find("late")) << "made behind the gap, of an image";
+    EXPECT_TRUE(pool->find("last"));
+}
+
+// --- Repairs that are interrupted
+// ------------------------------------------------------------------
+
+TEST(Fsck, ACrashWithinARepairLosesNothing) {
+    const std::vector<std::function<void(io::SimulatedMachine&)>> damages{
+        [](io::SimulatedMachine& machine) {
+            const nebula::SuperblockSlot slot = newest_slot(machine);
+            machine.files().damage(segment_path(slot.log_segment),
+                                   uint64_t{slot.log_page.get()} * kPage + 100, 3, 1);
+        },
+        [](io::SimulatedMachine& machine) {
+            const auto batches = batches_of(machine, 1);
+            machine.files().damage(segment_path(1), uint64_t{batches.at(1).page} * kPage + 90, 3,
+                                   1);
+            machine.files().damage(segment_path(1), 30, 3, 1);
+        },
+        [](io::SimulatedMachine& machine) {
+            for (const std::string& path : files_of(machine)) {
+                if (path.find("dead-") != std::string::npos) {
+                    machine.files().damage(path, 40, 1, 1);
+                }
+            }
+        },
+    };
+    const uint64_t most = scaled(40, 6);
+    for (size_t which = 0; which < damages.size(); ++which) {
+        const auto damaged = open_sample().copy();
+        damages[which](*damaged);
+        const auto expected = look(*damaged);
+        ASSERT_TRUE(expected && expected->damaged());
+        bool complete = false;
+        uint64_t step = 1;
+        for (uint64_t nth = 1; !complete && nth < most * 4; nth += step) {
+            io::SimulatedMachine machine(damaged->files().fork(), 3);
+            machine.files().halt_at_mutation(nth, static_cast<io::HaltSide>(nth % 4));
+            const auto repaired = look(machine, false, /*repair=*/true);
+            complete = repaired.has_value() && !machine.files().halted();
+            machine.crash(first_seed() + nth);
+            const auto after = look(machine);
+            ASSERT_TRUE(after) << after.error().message();
+            ASSERT_TRUE(after->usable) << describe(*after);
+            EXPECT_EQ(after->unknown, expected->unknown) << which << "/" << nth;
+            EXPECT_EQ(after->lost.size(), expected->lost.size()) << which << "/" << nth << "\n"
+                                                                 << describe(*after);
+            const auto again = look(machine, false, /*repair=*/true);
+            ASSERT_TRUE(again) << again.error().message();
+            expect_true(machine, open_sample(), *again,
+                        fmt::format("damage {}, crash at {}", which, nth));
+            if (HasFailure()) {
+                return;
+            }
+            step = nth > most ? 5 : 1;
+        }
+    }
+}
+
+}  // namespace
+}  // namespace stellarium::nova
