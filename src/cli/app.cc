@@ -363,6 +363,16 @@ void add_store_commands(CLI::App& app, Builder& builder, Invocation& invocation)
                     "  stellarctl stats\n  stellarctl stats --json | jq .dedup_ratio");
     builder.command(&app, "status", "Show the store's state and who serves it", status,
                     "  stellarctl status");
+    CLI::App* const check = builder.command(
+        &app, "fsck", "Check a store that no daemon holds, and repair it", check_store,
+        "  stellarctl fsck                  # looks only; 0: all is well, 6: damage\n"
+        "  stellarctl fsck --data           # also reads all content and checks it\n"
+        "  stellarctl fsck --repair --store /srv/pool\n"
+        "  stellarctl fsck --json | jq '.lost[]'");
+    check->add_flag("--repair", builder.arguments().repair,
+                    "make the store whole again, and say what is lost");
+    check->add_flag("--data", builder.arguments().data,
+                    "read all content and check it against its ids");
     CLI::App* const dumped = builder.command(
         &app, "dump", "Print one of the store's files in words, damaged ones too", dump,
         "  stellarctl dump /var/lib/stellarium/superblock\n"

@@ -813,6 +813,136 @@ class Scrub(TestCase):
         self.assertEqual(s.run("scrub", "--status", "--restart").code, EXIT["invalid_argument"])
 
 
+class Fsck(TestCase):
+    """A damaged store: what is wrong, whom it concerns, and what a repair leaves."""
+
+    def flip(self, path, offset):
+        with open(path, "r+b") as file:
+            file.seek(offset)
+            byte = file.read(1)
+            file.seek(offset)
+            file.write(bytes([byte[0] ^ 1]))
+
+    def fsck(self, s, *words):
+        """The exit code and the report."""
+        done = s.run("fsck", *words, "--json")
+        return done.code, json.loads(done.out)
+
+    def filled(self):
+        s = self.store()
+        content = random.Random(5).randbytes(300_000)
+        s.ok("image", "import", "i", "-", data=content)
+        s.ok("volume", "clone", "i", "v")
+        s.ok("snapshot", "create", "v", "s")
+        return s, content
+
+    def everything(self, s):
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns)
+                for path in s.path.rglob("*") if path.is_file()}
+
+    def test_a_whole_store_is_well_and_left_alone(self):
+        s, _ = self.filled()
+        before = self.everything(s)
+        self.assertIn("all is well", s.ok("fsck").out)
+        self.assertIn("1 image, 1 volume, 1 snapshot", s.ok("fsck", "--data").out)
+        code, report = self.fsck(s, "--data")
+        self.assertEqual(code, 0)
+        self.assertEqual((report["damaged"], report["findings"], report["lost"]), (False, [], []))
+        self.assertGreater(report["data_bytes"], 300_000)
+        self.assertEqual(self.everything(s), before)
+        self.assertIn("all is well", s.ok("fsck", "--repair").out)
+
+    def test_wrong_words(self):
+        s = self.store()
+        for words in (["fsck", "now"], ["fsck", "--fix"], ["fsck", "--socket", "/tmp/x"]):
+            self.assertEqual(s.run(*words).code, 2, words)
+        self.assert_fails(s.run("fsck", "--store", "/nonexistent/store"), "not_found", "init")
+
+    def test_a_store_in_use_is_left_alone(self):
+        s = self.store(daemon=True)
+        for words in ([], ["--repair"]):
+            self.assert_fails(s.run("fsck", *words), "busy")
+        s.stop_daemon()
+        s.ok("fsck")
+
+    def test_rotten_content_is_named_and_healed(self):
+        s, content = self.filled()
+        self.flip(s.path / "segments" / "0000001.seg", 100_000)
+        code, report = self.fsck(s, "--data")
+        self.assertEqual(code, EXIT["corrupt"])
+        lost = {(r["source"], r["kind"]) for r in report["lost"]}
+        self.assertEqual(lost, {("i", "image"), ("v", "volume"), ("v@s", "snapshot")})
+        [finding] = [f for f in report["findings"] if f["kind"] == "chunk" and not f["harmless"]]
+        self.assertTrue(finding["file"].endswith("0000001.seg"))
+        self.assertLessEqual(finding["offset_bytes"], 100_000)
+        self.assertEqual(len(finding["id"]), 64)
+        self.assertIn("image 'i' bytes", finding["consequence"])
+        text = s.run("fsck", "--data").out
+        self.assertIn("lost: image 'i', bytes", text)
+
+        # A repair cannot bring it back, and what is lost stays an error.
+        done = s.run("fsck", "--data", "--repair")
+        self.assertEqual(done.code, EXIT["corrupt"])
+        self.assertIn("lost: volume 'v', bytes", done.out)
+        self.assertEqual(self.fsck(s)[0], EXIT["corrupt"])
+        self.assertEqual(s.run("volume", "export", "v", "v.raw").code, EXIT["corrupt"])
+        # The same content does.
+        s.ok("image", "import", "again", "-", data=content)
+        self.assertEqual(self.fsck(s, "--data")[0], 0)
+        s.ok("volume", "export", "v", "v.raw")
+        self.assertEqual((s.folder / "v.raw").read_bytes()[:len(content)], content)
+
+    def test_lost_changes_make_volumes_unknown_until_they_are_gone(self):
+        s, content = self.filled()
+        segment = s.path / "segments" / "0000001.seg"
+        lost = segment.stat().st_size  # Where the next record goes.
+        s.ok("volume", "resize", "v", "2MiB")
+        s.ok("volume", "clone", "i", "later")
+        self.flip(segment, lost + 100)
+        code, report = self.fsck(s)
+        self.assertEqual(code, EXIT["corrupt"])
+        self.assertEqual(report["unknown"], ["v"])
+        self.assert_fails(s.run("volume", "create", "x", "--size", "1MiB"), "read_only")
+        done = s.run("fsck", "--repair")
+        self.assertEqual(done.code, EXIT["corrupt"])
+        self.assertIn("unknown: the content of 'v'", done.out)
+        self.assertIn("repaired:", done.out)
+        # The store can be written again; what was made later is there, and so is the snapshot.
+        s.ok("volume", "create", "x", "--size", "1MiB")
+        s.ok("volume", "export", "later", "later.raw")
+        self.assertEqual((s.folder / "later.raw").read_bytes()[:len(content)], content)
+        self.assert_fails(s.run("volume", "export", "v", "v.raw"), "corrupt")
+        s.ok("snapshot", "rollback", "v", "s")
+        self.assertEqual(self.fsck(s)[0], 0)
+        s.ok("volume", "export", "v", "v.raw")
+        self.assertEqual((s.folder / "v.raw").read_bytes()[:len(content)], content)
+
+    def test_derived_files_are_made_anew(self):
+        s, content = self.filled()
+        for index in s.path.glob("index-*.ckpt"):
+            index.unlink()
+        self.flip(s.path / "superblock", 5000)
+        self.flip(s.path / "segments" / "0000001.seg", 20)
+        code, report = self.fsck(s)
+        self.assertEqual(code, EXIT["corrupt"])
+        self.assertLessEqual({"superblock", "segment-header"},
+                             {f["kind"] for f in report["findings"]})
+        self.assertEqual(report["lost"], [])
+        self.assertIn("all is well", s.ok("fsck", "--repair").out)
+        s.ok("fsck", "--data")
+        s.ok("image", "export", "i", "i.raw")
+        self.assertEqual((s.folder / "i.raw").read_bytes(), content)
+
+    def test_without_a_superblock_nothing_can_be_repaired(self):
+        s, _ = self.filled()
+        (s.path / "superblock").unlink()
+        for words in ([], ["--repair"]):
+            code, report = self.fsck(s, *words)
+            self.assertEqual(code, EXIT["corrupt"])
+            self.assertFalse(report["usable"])
+        self.assertIn("backup", s.run("fsck").out)
+
+
 class Attach(TestCase):
     def test_sockets_links_and_restarts(self):
         s = self.store(daemon=True)

@@ -63,6 +63,8 @@ struct Arguments {
     bool dry_run = false;
     bool restart = false;
     bool only_status = false;
+    bool repair = false;
+    bool data = false;
     bool allow_backing = false;
 };
 
@@ -97,6 +99,7 @@ Result<void> scrub(Context& context, const Arguments& arguments);
 Result<void> stats(Context& context, const Arguments& arguments);
 Result<void> status(Context& context, const Arguments& arguments);
 Result<void> dump(Context& context, const Arguments& arguments);
+Result<void> check_store(Context& context, const Arguments& arguments);
 
 /// The names for `volume clone --count`: {n} in `pattern` becomes 1, 2, ... count.
 /// kInvalidArgument when several names would be the same.

@@ -80,19 +80,6 @@ std::string user_name(uid_t user) {
     return std::to_string(user);
 }
 
-/// Files that root would make in another user's store would shut its daemon out.
-Result<void> check_owner(const std::string& directory) {
-    struct stat status{};
-    if (stat(directory.c_str(), &status) != 0 || status.st_uid == geteuid() || geteuid() != 0) {
-        return {};
-    }
-    const std::string owner = user_name(status.st_uid);
-    return fail(ErrorCode::kPermissionDenied,
-                fmt::format("no daemon serves the store {}, and it belongs to user {}: start its "
-                            "daemon, or run this command as that user (sudo -u {} stellarctl ...)",
-                            directory, owner, owner));
-}
-
 std::unique_ptr<Session> daemon_session(const std::string& socket,
                                         const std::vector<uid_t>& trusted_users,
                                         std::unique_ptr<control::ControlClient> client) {
@@ -190,6 +177,23 @@ Result<std::unique_ptr<Session>> open_direct(const std::string& directory,
 }
 
 }  // namespace
+
+/// Files that root would make in another user's store would shut its daemon out.
+Result<void> check_owner(const std::string& directory) {
+    struct stat status{};
+    if (stat(directory.c_str(), &status) != 0 || status.st_uid == geteuid() || geteuid() != 0) {
+        return {};
+    }
+    const std::string owner = user_name(status.st_uid);
+    return fail(ErrorCode::kPermissionDenied,
+                fmt::format("no daemon serves the store {}, and it belongs to user {}: start its "
+                            "daemon, or run this command as that user (sudo -u {} stellarctl ...)",
+                            directory, owner, owner));
+}
+
+bool is_held_by_daemon(const std::string& directory) {
+    return holder_of(directory).program == "stellariumd";
+}
 
 Result<std::string> store_directory(const StoreLocation& location) {
     if (!location.store.empty()) {

@@ -36,6 +36,11 @@ struct StoreLocation {
     bool needs_daemon = false;
 };
 
+/// Refuses (kPermissionDenied) that root makes files in another user's store.
+Result<void> check_owner(const std::string& directory);
+/// By what the lock file says; whoever wrote it may be gone.
+bool is_held_by_daemon(const std::string& directory);
+
 /// The store that `location` means.
 Result<std::string> store_directory(const StoreLocation& location);
 
