@@ -15,6 +15,8 @@
 //   - commands that returned have happened, the one under way wholly or not at all;
 //   - snapshots, names, parents and attachments are exact;
 //   - every byte can be read and hashes to what its volume refers to;
+//   - fsck finds nothing wrong with it, before recovery (but for torn copies of the superblock) and
+//     after;
 //   - the pool works on, collects garbage, and what it is given then survives the next crash;
 //   - rot in what later batches prove durable is never taken for the end of the log, and no read
 //     gives what is not allowed.
@@ -263,8 +265,15 @@ class Program {
     void check_copy(std::unique_ptr<io::SimulatedFileSystem> files, Shadow shadow, bool lost,
                     uint64_t seed) {
         ++tally_.crash_points;
+        const bool with_fsck = tally_.crash_points % 4 == 0;
+        if (with_fsck) {
+            check_structure(*files, /*recovered=*/false);
+        }
         TestPool copy(std::move(files), seed, careful_);
         open_copy(copy, lost);
+        if (with_fsck) {
+            check_structure(copy.machine().files(), /*recovered=*/true);
+        }
         EXPECT_EQ(copy->read_only_reason().value_or(""), "");
         for (const InFlight& request : in_flight_) {
             if (request.command != nullptr && request.command->has_happened(*copy)) {
@@ -317,6 +326,7 @@ class Program {
         device.reset();
         copy.drop();
         copy.open();
+        check_structure(copy.machine().files(), /*recovered=*/true, /*data=*/true);
         check_copy_.everything(*copy, shadow, power || !keeps_arena_);
     }
 

@@ -8,6 +8,7 @@
 #include <fmt/ranges.h>
 #include <gtest/gtest.h>
 
+#include "nova/check.h"
 #include "nova/testing/test_pool.h"
 
 namespace stellarium::nova::model {
@@ -113,6 +114,24 @@ void PoolCheck::everything(Pool& pool, Shadow& shadow, bool after_crash) {
         found[record.source] = record.label;
     }
     EXPECT_EQ(found, attachments);
+}
+
+void check_structure(const io::SimulatedFileSystem& files, bool recovered, bool data) {
+    io::SimulatedMachine copy(files.fork(), 1);
+    PoolCheckOptions options;
+    options.check.data = data;
+    const auto report = check_pool(copy.env(), testing::TestPool::kDirectory, options);
+    if (!report) {
+        ADD_FAILURE() << "fsck: " << report.error().message();
+        return;
+    }
+    for (const nebula::Finding& finding : report->findings) {
+        EXPECT_TRUE(finding.harmless ||
+                    (!recovered && finding.kind == nebula::Finding::Kind::kSuperblock))
+            << "fsck: " << to_string(finding.kind) << ": " << finding.what << " ("
+            << finding.consequence << ")";
+    }
+    EXPECT_TRUE(report->lost.empty() && report->unknown.empty());
 }
 
 }  // namespace stellarium::nova::model

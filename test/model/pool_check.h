@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "base/block_device.h"
+#include "io/simulated.h"
 #include "nova/pool.h"
 #include "test/model/pool_shadow.h"
 
@@ -48,5 +49,10 @@ class PoolCheck {
     std::vector<std::byte> expected_;
     uint64_t bytes_ = 0;
 };
+
+/// What fsck says of the pool on this disk, which a process that died now would leave. Fails the
+/// test for everything that is not harmless; where the pool was not opened after a loss of power,
+/// copies of the superblock may be torn.
+void check_structure(const io::SimulatedFileSystem& files, bool recovered, bool data = false);
 
 }  // namespace stellarium::nova::model

@@ -88,6 +88,7 @@ class Program {
             }
             pool_.reopen();
             check_everything();
+            check_structure(pool_.machine().files(), /*recovered=*/true, /*data=*/true);
         }
     }
 
@@ -746,6 +747,7 @@ class Program {
         pool_.reopen();
         all_flushed();
         check_everything();
+        check_structure(pool_.machine().files(), /*recovered=*/true);
     }
 
     void kill() {
@@ -753,6 +755,7 @@ class Program {
         pool_.machine().kill_process();
         abandon();
         pool_.kill();
+        check_structure(pool_.machine().files(), /*recovered=*/true);
         check_everything(/*after_crash=*/!keeps_arena_);
     }
 
@@ -760,8 +763,10 @@ class Program {
         const uint64_t seed = random_();
         log(fmt::format("power fails, seed {}", seed));
         pool_.machine().files().crash(seed);
+        check_structure(pool_.machine().files(), /*recovered=*/false);
         abandon();
         pool_.kill();
+        check_structure(pool_.machine().files(), /*recovered=*/true);
         check_everything(/*after_crash=*/true);
     }
 
@@ -864,8 +869,10 @@ class Program {
         } else {
             pool_.machine().kill_process();
         }
+        check_structure(pool_.machine().files(), /*recovered=*/false);
         abandon();
         pool_.kill();
+        check_structure(pool_.machine().files(), /*recovered=*/true);
     }
 
     void cut_off_command(const std::string& name, bool power) {
