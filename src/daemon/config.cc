@@ -40,6 +40,7 @@ std::vector<std::string> apply_settings(const control::Json& settings, DaemonCon
                                       format_size(kMinMemoryBytes), format_size(kMaxMemoryBytes)));
         }
         config.memory_bytes = *memory;
+        config.memory_given = true;
     }
     if (const auto age = reader.optional_number("writeback_age_ms", 10, 3'600'000)) {
         config.writeback_age_ms = *age;

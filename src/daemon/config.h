@@ -20,14 +20,12 @@
 
 #include "base/units.h"
 #include "control/json.h"
+#include "daemon/limits.h"
 #include "daemon/log.h"
 #include "daemon/sandbox.h"
 #include "nova/pool.h"
 
 namespace stellarium::daemon {
-
-inline constexpr uint64_t kMinMemoryBytes = 16 * kMiB;
-inline constexpr uint64_t kMaxMemoryBytes = 1 * kTiB;
 
 /// Whom the daemon becomes when root starts it.
 struct ServiceUser {
@@ -46,7 +44,8 @@ struct DaemonConfig {
     std::string user;  ///< "": stays who it is.
     std::optional<ServiceUser> service_user;
     SandboxMode sandbox = SandboxMode::kAuto;
-    uint64_t memory_bytes = 320 * kMiB;  ///< Dirty pages (four fifths) and cached map nodes.
+    uint64_t memory_bytes = kDefaultMemoryBytes;  ///< Dirty pages (four fifths), cached map nodes.
+    bool memory_given = false;  ///< Nobody chose it: less is taken where there is no room for it.
     uint64_t writeback_age_ms = 5000;
     uint64_t threads = 0;  ///< Serving guests; 0: one for each processor.
     bool verify_always = false;

@@ -5,10 +5,11 @@
 #include <chrono>
 #include <csignal>
 #include <ctime>
+#include <optional>
 
 #include <fmt/format.h>
 #include <grp.h>
-#include <sys/resource.h>
+#include <malloc.h>
 #include <systemd/sd-daemon.h>
 #include <unistd.h>
 
@@ -17,6 +18,7 @@
 #include "control/service.h"
 #include "daemon/handlers.h"
 #include "daemon/http_server.h"
+#include "daemon/limits.h"
 #include "daemon/metrics.h"
 #include "daemon/sandbox.h"
 #include "daemon/vhost_host.h"
@@ -36,13 +38,42 @@ sigset_t stop_signals() {
     return set;
 }
 
-/// Each attached volume takes descriptors, and the usual soft limit is 1024.
-void raise_descriptor_limit() {
-    rlimit limit{};
-    if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < limit.rlim_max) {
-        limit.rlim_cur = limit.rlim_max;
-        setrlimit(RLIMIT_NOFILE, &limit);
+/// What can still be allocated in `directory`, the buffer of an earlier daemon included: it is
+/// adopted, or replaced. nullopt when the system does not say.
+std::optional<uint64_t> room_for_buffer(io::FileSystem& files, const std::string& directory) {
+    const auto space = files.space(directory);
+    const auto entries = files.list(directory);
+    if (!space || !entries) {
+        return std::nullopt;
     }
+    uint64_t room = space->free_bytes;
+    for (const io::DirectoryEntry& entry : *entries) {
+        if (entry.name.ends_with(".arena")) {
+            const auto file = files.open(directory + "/" + entry.name, io::OpenMode::kReadOnly);
+            const auto size = file ? (*file)->size_bytes() : Result<uint64_t>(0);
+            room += size ? *size : 0;
+        }
+    }
+    return room;
+}
+
+/// Takes less than the default where there is no room for it. What was asked for is not changed.
+uint64_t memory_to_use(const DaemonConfig& config, io::FileSystem& files, Log& log) {
+    const auto room = room_for_buffer(files, config.runtime_directory);
+    if (config.memory_given || !room) {
+        return config.memory_bytes;
+    }
+    const uint64_t fits = memory_that_fits(config.memory_bytes, *room);
+    if (fits < config.memory_bytes) {
+        log.warning("memory",
+                    {{"message",
+                      fmt::format("{} has room for {}, so {} are used for unflushed writes and "
+                                  "cached maps instead of {}: give it more room, or say how much "
+                                  "to use (--memory)",
+                                  config.runtime_directory, format_size(*room), format_size(fits),
+                                  format_size(config.memory_bytes))}});
+    }
+    return fits;
 }
 
 /// For good: root's identity is not kept aside.
@@ -166,17 +197,23 @@ Result<std::unique_ptr<nova::Pool>> open_pool(const io::Env& env, const std::str
     }
 }
 
+/// Allocations above this are mappings of their own, and malloc() keeps few pools besides.
+constexpr int kMmapThresholdBytes = 4 << 20;
+constexpr int kMallocArenas = 8;
+
 void set_status(const std::string& status) {
     sd_notify(0, ("STATUS=" + status).c_str());
 }
 
 /// Everything between the store being open and being closed again.
 Result<void> serve(const DaemonConfig& config, const std::string& version, nova::Pool& pool,
-                   io::FileSystem& files, const Confinement& reach, Log& log) {
+                   io::FileSystem& files, const Confinement& reach, uint64_t max_descriptors,
+                   Log& log) {
     VhostHost host(pool,
                    {.runtime_directory = config.runtime_directory,
                     .socket_gid = config.socket_gid,
-                    .data_threads = static_cast<unsigned>(config.threads)},
+                    .data_threads = static_cast<unsigned>(config.threads),
+                    .max_descriptors = max_descriptors - descriptors_without_attachments()},
                    log);
     Metrics metrics(pool, host, version);
     control::ControlService service(
@@ -184,7 +221,7 @@ Result<void> serve(const DaemonConfig& config, const std::string& version, nova:
         {.host = &host, .version = version, .directory = config.store, .socket = config.socket});
     DaemonHandler handler(service, metrics, log);
     MetricsHandler public_handler(metrics);
-    HttpServer server({});
+    HttpServer server({.max_held_bytes = held_bytes_of(config.memory_bytes)});
 
     STELLARIUM_TRY(host.start());
     STELLARIUM_TRY(server.listen_unix(config.socket, {.group = config.socket_gid}, handler));
@@ -234,12 +271,16 @@ Result<void> serve(const DaemonConfig& config, const std::string& version, nova:
 
 }  // namespace
 
-Result<void> run_daemon(const DaemonConfig& config, const std::string& version, Log& log) {
+Result<void> run_daemon(const DaemonConfig& given, const std::string& version, Log& log) {
+    DaemonConfig config = given;
     // Every later thread inherits the mask; only wait_for_stop takes these signals.
     const sigset_t set = stop_signals();
     pthread_sigmask(SIG_BLOCK, &set, nullptr);
     signal(SIGPIPE, SIG_IGN);
-    raise_descriptor_limit();
+    STELLARIUM_ASSIGN(const uint64_t max_descriptors, check_process_limits(read_max_map_count()));
+    // Memory of large requests goes back to the system when they are done.
+    mallopt(M_MMAP_THRESHOLD, kMmapThresholdBytes);
+    mallopt(M_ARENA_MAX, kMallocArenas);
 
     const io::Env env = io::real_env();
     STELLARIUM_TRY(give_up_privileges(config, log));
@@ -249,6 +290,7 @@ Result<void> run_daemon(const DaemonConfig& config, const std::string& version, 
                           {"pid", std::to_string(getpid())},
                           {"store", config.store},
                           {"runtime_dir", config.runtime_directory}});
+    config.memory_bytes = memory_to_use(config, *env.files, log);
     nova::PoolOptions options;
     options.store.verify_always = config.verify_always;
     options.store.allow_unsafe_file_system = config.allow_unsafe_file_system;
@@ -273,7 +315,8 @@ Result<void> run_daemon(const DaemonConfig& config, const std::string& version, 
     if (const auto reason = pool->read_only_reason()) {
         log.error("store is read-only", {{"message", *reason}});
     }
-    const Result<void> served = serve(config, version, *pool, *env.files, reach, log);
+    const Result<void> served =
+        serve(config, version, *pool, *env.files, reach, max_descriptors, log);
     set_status("checkpointing");
     // Also after a failed start: what recovery adopted must not wait for the next one.
     const Result<void> closed = pool->close();

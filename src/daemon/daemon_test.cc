@@ -18,6 +18,7 @@
 #include "daemon/config.h"
 #include "daemon/handlers.h"
 #include "daemon/http_server.h"
+#include "daemon/limits.h"
 #include "daemon/log.h"
 #include "daemon/metrics.h"
 #include "daemon/vhost_host.h"
@@ -479,6 +480,56 @@ TEST_F(HttpTest, BodiesAreBoundedByWhatTheyAreFor) {
     EXPECT_NE(clones.error().code(), ErrorCode::kLimitExceeded) << clones.error().message();
 }
 
+/// Says what it would send, and sends nothing of it. The answer's first line, if one comes at once.
+int announce_body(const std::string& path, const std::string& size_header) {
+    const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    path.copy(static_cast<char*>(address.sun_path), sizeof address.sun_path - 1);
+    EXPECT_EQ(::connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof address), 0);
+    const std::string header = "POST /v1/clones HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n" +
+                               size_header + "\r\n\r\n";
+    EXPECT_EQ(send(fd, header.data(), header.size(), 0), static_cast<ssize_t>(header.size()));
+    return fd;
+}
+std::string status_of(int fd) {
+    std::array<char, 12> answer{};
+    const ssize_t got = recv(fd, answer.data(), answer.size(), MSG_WAITALL);
+    return {answer.data(), static_cast<size_t>(std::max<ssize_t>(got, 0))};
+}
+
+TEST_F(HttpTest, BodiesThatAreHeldAtOnceAreBounded) {
+    const std::string path = folder_.file("few.sock");
+    HttpServerOptions options;
+    options.max_held_bytes = 3 * kMiB;
+    HttpServer server(options);
+    must(server.listen_unix(path, {}, service_));
+    const int first = announce_body(path, "Content-Length: 2000000");
+    EXPECT_EQ(status_of(first), "HTTP/1.1 100");
+    for (const char* size : {"Content-Length: 2000000", "Transfer-Encoding: chunked"}) {
+        const int more = announce_body(path, size);
+        EXPECT_EQ(status_of(more), "HTTP/1.1 503") << size;
+        close(more);
+    }
+    // Others are served meanwhile.
+    must(must(control::connect_unix(path))->call("GET", "/v1/images"));
+    const int fits = announce_body(path, "Content-Length: 500000");
+    EXPECT_EQ(status_of(fits), "HTTP/1.1 100");
+    close(fits);
+    close(first);
+    // What was held is given back, some time after the connections are gone; and one alone may be
+    // longer than the bound.
+    while (true) {
+        const int alone = announce_body(path, "Content-Length: 10000000");
+        const std::string status = status_of(alone);
+        close(alone);
+        if (status == "HTTP/1.1 100") {
+            break;
+        }
+        ASSERT_EQ(status, "HTTP/1.1 503");
+    }
+}
+
 TEST(Http, AFileThatIsNoSocketStays) {
     const Folder folder;
     TestPool pool;
@@ -635,6 +686,28 @@ TEST_F(HostTest, ASecondAttachAndAnUnknownDetachAreRefused) {
     EXPECT_EQ(host_->detach("a").error().code(), ErrorCode::kNotFound);
     must(pool_->remove({"a"}));
     EXPECT_TRUE(host_->attachments().empty());
+}
+
+TEST_F(HostTest, AnAttachmentBeyondTheDescriptorsIsRefused) {
+    for (const char* name : {"a", "b"}) {
+        must(pool_->create_volume(name, kMiB));
+    }
+    host_->stop();
+    host_ = std::make_unique<VhostHost>(
+        *pool_,
+        VhostHostOptions{.runtime_directory = folder_.path(),
+                         .socket_gid = {},
+                         .data_threads = 1,
+                         .max_descriptors = descriptors_of_attachment(1) + 5},
+        log_);
+    must(host_->start());
+    must(host_->attach("a", {}));
+    const auto refused = host_->attach("b", {});
+    ASSERT_FALSE(refused);
+    EXPECT_EQ(refused.error().code(), ErrorCode::kLimitExceeded);
+    EXPECT_NE(refused.error().message().find("LimitNOFILE"), std::string::npos);
+    must(host_->detach("a"));
+    must(host_->attach("b", {}));
 }
 
 TEST_F(HostTest, AnAttachmentThatCannotBeRestoredIsKeptAndReported) {

@@ -53,7 +53,6 @@ using ErrorCodeOfBoost = boost::system::error_code;
 using Protocol = asio::generic::stream_protocol;
 using Stream = beast::basic_stream<Protocol, asio::io_context::executor_type>;
 
-constexpr uint32_t kMaxHeaderBytes = 16 * 1024;
 /// Not boost::none: Beast 1.74 takes every length to be above a limit that is not there.
 constexpr uint64_t kNoBodyLimit = std::numeric_limits<uint64_t>::max();
 /// The most that Beast reads at once.
@@ -81,6 +80,7 @@ struct HttpServer::Impl : std::enable_shared_from_this<Impl> {
     std::vector<std::shared_ptr<Listener>> listeners;
     std::set<Session*> sessions;
     unsigned running_streams = 0;
+    size_t held_bytes = 0;                      ///< Bodies and answers of all sessions.
     std::map<uid_t, unsigned> streams_of_user;  ///< No entry for none.
     bool stopping = false;
 
@@ -195,6 +195,24 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
     class UploadBody;
     enum class Activity : uint8_t { kIdle, kBusy, kStream };
 
+    /// Counts a body or an answer; false when too much is held already. I/O thread.
+    bool hold(size_t bytes) {
+        if (server_->held_bytes > 0 &&
+            bytes > server_->options.max_held_bytes -
+                        std::min(server_->held_bytes, server_->options.max_held_bytes)) {
+            return false;
+        }
+        server_->held_bytes += bytes;
+        held_bytes_ += bytes;
+        return true;
+    }
+    void release_held() { server_->held_bytes -= std::exchange(held_bytes_, 0); }
+    static Response too_much_at_once() {
+        return control::error_response(
+            Error(ErrorCode::kBusy,
+                  "too many long requests and answers are under way: come again in a while"));
+    }
+
     void close_socket() {
         ErrorCodeOfBoost ignored;
         ignored = stream_.socket().close(ignored);
@@ -204,6 +222,7 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
     void close() {
         if (!closed_) {
             closed_ = true;
+            release_held();
             close_socket();
             server_->session_closed(this);
         }
@@ -222,12 +241,18 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
         if (handler_.wants_upload(request_.method, request_.target)) {
             return start_stream([self = shared_from_this()] { self->run_upload(); });
         }
-        if (const auto length = head_->content_length();
-            length && *length > handler_.max_json_bytes(request_.method, request_.target)) {
+        const size_t max_bytes = handler_.max_json_bytes(request_.method, request_.target);
+        const auto length = head_->content_length();
+        if (length && *length > max_bytes) {
             return on_read_error(http::error::body_limit);
         }
+        // One that does not say how long it is may become as long as it is allowed to be.
+        if (!hold(length ? static_cast<size_t>(*length) : head_->chunked() ? max_bytes : 0)) {
+            keep_alive_ = false;
+            return answer(too_much_at_once());
+        }
         body_ = std::make_unique<http::request_parser<http::string_body>>(std::move(*head_));
-        body_->body_limit(handler_.max_json_bytes(request_.method, request_.target));
+        body_->body_limit(max_bytes);
         if (expects_continue_ && !body_->is_done()) {
             return send_continue([self = shared_from_this()](ErrorCodeOfBoost failed) {
                 failed ? self->close() : self->read_body();
@@ -275,7 +300,12 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
         activity_ = Activity::kBusy;
         asio::post(server_->workers, [self = shared_from_this()] {
             auto response = std::make_shared<Response>(self->handle());
+            std::string().swap(self->request_.body);  // An idle connection keeps nothing of it.
             asio::post(self->server_->io, [self, response] {
+                self->release_held();
+                if (!self->hold(response->body.size())) {
+                    *response = too_much_at_once();
+                }
                 if (!response->download || self->request_.method == kHeadMethod) {
                     return self->answer(std::move(*response));
                 }
@@ -320,6 +350,7 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
         stream_.expires_after(server_->options.header_timeout);
         http::async_write(stream_, *message,
                           [self = shared_from_this(), message](ErrorCodeOfBoost code, size_t) {
+                              self->release_held();
                               code || !message->keep_alive() ? self->close() : self->read_header();
                           });
     }
@@ -440,6 +471,7 @@ class HttpServer::Impl::Session : public std::enable_shared_from_this<Session> {
     std::unique_ptr<http::request_parser<http::empty_body>> head_;
     std::unique_ptr<http::request_parser<http::string_body>> body_;
     Request request_;
+    size_t held_bytes_ = 0;  ///< Of server_->held_bytes.
     Activity activity_ = Activity::kIdle;
     bool keep_alive_ = false;
     bool expects_continue_ = false;

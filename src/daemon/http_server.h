@@ -10,8 +10,9 @@
 // their own (at most max_streams), so they delay nobody else.
 // Bounds: header 16 KiB, JSON body what the handler takes; each listening socket has its own
 // number of connections, beyond which the longest idle one is closed, and further ones wait in the
-// backlog while none is idle; idle and slow clients are cut off after header_timeout, a content
-// stream of which no byte has moved after stall_timeout.
+// backlog while none is idle; bodies and answers that are held at once have a bound over all
+// connections, beyond which a request is told to come again (503); idle and slow clients are cut
+// off after header_timeout, a content stream of which no byte has moved after stall_timeout.
 // Strangers: everything is parsed by Boost.Beast within these bounds; a malformed request gets a
 // 400 and is disconnected.
 //
@@ -29,15 +30,17 @@
 
 #include "base/error.h"
 #include "control/message.h"
+#include "daemon/limits.h"
 
 namespace stellarium::daemon {
 
 struct HttpServerOptions {
-    unsigned workers = 4;
-    unsigned max_streams = 16;
-    unsigned max_streams_per_user = 12;  ///< Of the user at the other end of a unix socket.
-    unsigned max_connections = 256;      ///< Of each unix socket.
-    unsigned max_tcp_connections = 32;   ///< Of each TCP port.
+    unsigned workers = kHttpWorkers;
+    unsigned max_streams = kMaxStreams;
+    unsigned max_streams_per_user = kMaxStreamsPerUser;  ///< Of the user behind a unix socket.
+    unsigned max_connections = kMaxConnections;          ///< Of each unix socket.
+    unsigned max_tcp_connections = kMaxTcpConnections;   ///< Of each TCP port.
+    size_t max_held_bytes = kMaxHeldBytes;  ///< Of bodies and answers, over all connections.
     std::chrono::milliseconds header_timeout{30'000};  ///< For a header, a JSON body, an answer.
     std::chrono::milliseconds stall_timeout{60'000};   ///< For the next byte of a stream.
 };

@@ -127,7 +127,7 @@ int run(int argc, char** argv) {
         "--no-gc", [&given](int64_t) { given["gc"] = false; },
         "collect garbage only when asked to");
     number_option("--gc-dead-percent", "gc_dead_percent",
-                  "collect garbage when this much of the store is dead (default: 25)");
+                  "collect garbage when this much of the store is dead, 1 to 99 (default: 25)");
     text_option("--gc-min-dead", "gc_min_dead",
                 "less dead than this is not worth a collection (default: 256MiB)", "SIZE");
     text_option("--gc-rate", "gc_rate",
@@ -135,8 +135,8 @@ int run(int argc, char** argv) {
                 "256MiB)",
                 "SIZE");
     number_option("--low-space-percent", "low_space_percent",
-                  "warn, and collect whatever is dead, when less of the file system is free "
-                  "(default: 10)");
+                  "warn, and collect whatever is dead, when less of the file system is free, "
+                  "0 to 99 (default: 10)");
     text_option("--scrub-every", "scrub_every",
                 "read and check everything that is stored so often, 30d or 12h; 0: only when asked "
                 "to (default: 30d)",

@@ -1,5 +1,6 @@
 #include "daemon/vhost_host.h"
 
+#include <algorithm>
 #include <future>
 #include <utility>
 
@@ -8,6 +9,7 @@
 #include <unistd.h>
 
 #include "control/locations.h"
+#include "daemon/limits.h"
 
 namespace stellarium::daemon {
 namespace {
@@ -128,6 +130,18 @@ Result<void> VhostHost::serve(uint64_t id, std::string_view source, Entry& entry
                       pool_.attach(source, {.read_only = entry.options.read_only,
                                             .label = "vhost-user socket " + entry.socket,
                                             .serial = entry.options.serial}));
+    const uint64_t needed = descriptors_of_attachment(entry.options.queues);
+    if (const uint64_t before = descriptors_->fetch_add(needed);
+        needed > options_.max_descriptors || before > options_.max_descriptors - needed) {
+        descriptors_->fetch_sub(needed);
+        return fail(
+            ErrorCode::kLimitExceeded,
+            fmt::format("attaching '{}' may take {} descriptors, and all but {} of this "
+                        "process are spoken for: give the daemon more (LimitNOFILE= in the "
+                        "systemd unit, ulimit -Hn), or detach others",
+                        source, needed,
+                        options_.max_descriptors - std::min(before, options_.max_descriptors)));
+    }
     vhost::AttachOptions options;
     options.socket_path = entry.socket;
     options.queues = static_cast<uint16_t>(entry.options.queues);
@@ -138,11 +152,13 @@ Result<void> VhostHost::serve(uint64_t id, std::string_view source, Entry& entry
     // open as long as they do. This handle tells when the last of them let go.
     const auto released = std::make_shared<std::promise<void>>();
     entry.released = released->get_future().share();
-    const std::shared_ptr<BlockDevice> lent(device.get(),
-                                            [inner = device, released](BlockDevice*) mutable {
-                                                inner.reset();
-                                                released->set_value();
-                                            });
+    const std::shared_ptr<BlockDevice> lent(
+        device.get(),
+        [inner = device, released, needed, count = descriptors_](BlockDevice*) mutable {
+            inner.reset();
+            count->fetch_sub(needed);
+            released->set_value();
+        });
     STELLARIUM_TRY(server_->attach(device_name(id), lent, options));
     if (options_.socket_gid &&
         (chown(entry.socket.c_str(), static_cast<uid_t>(-1), *options_.socket_gid) != 0 ||

@@ -12,6 +12,8 @@
 // Thread rule: any thread, except start() and stop().
 #pragma once
 
+#include <atomic>
+#include <cstdint>
 #include <future>
 #include <map>
 #include <memory>
@@ -32,6 +34,8 @@ struct VhostHostOptions {
     std::string runtime_directory;
     std::optional<gid_t> socket_gid;  ///< May connect to the guests' sockets too.
     unsigned data_threads = 0;
+    /// For attachments and their guests' connections; one that would need more is refused.
+    uint64_t max_descriptors = UINT64_MAX;
 };
 
 class VhostHost final : public control::AttachmentHost {
@@ -79,6 +83,9 @@ class VhostHost final : public control::AttachmentHost {
     VhostHostOptions options_;
     Log& log_;
     std::unique_ptr<vhost::VhostServer> server_;
+    /// Descriptors that attachments need. Shared with what tells that a device was released.
+    std::shared_ptr<std::atomic<uint64_t>> descriptors_ =
+        std::make_shared<std::atomic<uint64_t>>(0);
     mutable std::mutex mutex_;
     std::map<uint64_t, Entry> entries_;  ///< By entity id. Guarded by mutex_.
 };

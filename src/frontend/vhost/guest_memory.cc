@@ -40,6 +40,7 @@ struct SlotChunk {
 SlotChunk g_first_chunk;
 std::mutex g_slots_mutex;
 struct sigaction g_previous_action;
+std::atomic<size_t> g_mappings{0};
 
 std::vector<FaultGuardSlot*>& free_slots() {
     static auto* list = new std::vector<FaultGuardSlot*>();  // Outlives every static mapping.
@@ -175,9 +176,17 @@ Result<std::shared_ptr<SharedMapping>> SharedMapping::map(int fd, uint64_t offse
     }
     uint64_t lead = offset_bytes % align;
     uint64_t map_bytes = (lead + size_bytes + align - 1) / align * align;
+    if (g_mappings.fetch_add(1) >= kMaxGuestMappings) {
+        g_mappings.fetch_sub(1);
+        return fail(ErrorCode::kLimitExceeded,
+                    fmt::format("{} pieces of guests' memory are mapped already, and more are not "
+                                "taken",
+                                kMaxGuestMappings));
+    }
     void* base = ::mmap(nullptr, map_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd,
                         static_cast<off_t>(offset_bytes - lead));
     if (base == MAP_FAILED) {
+        g_mappings.fetch_sub(1);
         return std::unexpected(
             Error::from_errno(errno, fmt::format("mmap of {} bytes of shared memory", map_bytes)));
     }
@@ -197,6 +206,7 @@ SharedMapping::~SharedMapping() {
     if (guard_ != nullptr) {
         give_back_slot(guard_);
         ::munmap(map_base_, map_bytes_);
+        g_mappings.fetch_sub(1);
     }
 }
 

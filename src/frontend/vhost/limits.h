@@ -63,6 +63,9 @@ inline constexpr size_t kMessageBudget = 16;
 inline constexpr size_t kMaxConfigBytes = 256;
 static_assert(kMaxConfigBytes + 12 <= kMaxPayloadBytes);
 
+/// Pieces of guests' memory mapped at once, over all guests, with their in-flight regions: a
+/// process has 65,530 mappings in all, and footers of segments take some.
+inline constexpr size_t kMaxGuestMappings = 16'384;
 inline constexpr size_t kMaxMemoryTableRegions = 8;
 inline constexpr size_t kMaxMemorySlots = 256;
 inline constexpr uint64_t kMaxGuestMemoryBytes = uint64_t{4} << 40;
