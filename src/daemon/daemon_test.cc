@@ -508,7 +508,7 @@ TEST_F(HttpTest, BodiesThatAreHeldAtOnceAreBounded) {
     EXPECT_EQ(status_of(first), "HTTP/1.1 100");
     for (const char* size : {"Content-Length: 2000000", "Transfer-Encoding: chunked"}) {
         const int more = announce_body(path, size);
-        EXPECT_EQ(status_of(more), "HTTP/1.1 503") << size;
+        EXPECT_EQ(status_of(more), "HTTP/1.1 409") << size;
         close(more);
     }
     // Others are served meanwhile.
@@ -526,7 +526,7 @@ TEST_F(HttpTest, BodiesThatAreHeldAtOnceAreBounded) {
         if (status == "HTTP/1.1 100") {
             break;
         }
-        ASSERT_EQ(status, "HTTP/1.1 503");
+        ASSERT_EQ(status, "HTTP/1.1 409");
     }
 }
 

@@ -11,7 +11,7 @@
 // Bounds: header 16 KiB, JSON body what the handler takes; each listening socket has its own
 // number of connections, beyond which the longest idle one is closed, and further ones wait in the
 // backlog while none is idle; bodies and answers that are held at once have a bound over all
-// connections, beyond which a request is told to come again (503); idle and slow clients are cut
+// connections, beyond which a request is told to come again (409); idle and slow clients are cut
 // off after header_timeout, a content stream of which no byte has moved after stall_timeout.
 // Strangers: everything is parsed by Boost.Beast within these bounds; a malformed request gets a
 // 400 and is disconnected.
