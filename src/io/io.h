@@ -16,7 +16,8 @@
 //     kernel would say.
 //
 // Raw transfers (pread, preadv, pwrite, pwritev) may be short, and may fail with kInterrupted;
-// write_all, read_exact and read_up_to loop. No other call reports kInterrupted: they retry by themselves.
+// write_all, read_exact and read_up_to loop. No other call reports kInterrupted: they retry by
+// themselves.
 //
 // Paths are absolute or relative to the process, '/'-separated. Files are created with mode 0600.
 //

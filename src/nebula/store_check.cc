@@ -266,6 +266,7 @@ void StoreImpl::report_scan(Segment& segment, const SegmentScan& scan, CheckCoun
     }
     if (!scan.footer_problem.empty()) {
         report({.kind = Finding::Kind::kFooter,
+                .harmless = segment.number() >= superblock_.log_segment,
                 .what = "the footer of a segment is damaged: " + scan.footer_problem,
                 .file = path,
                 .offset =

@@ -316,7 +316,8 @@ class Pool {
     static Result<std::unique_ptr<Pool>> open(const io::Env& env, const std::string& directory,
                                               const PoolOptions& options);
     /// Flushes everything, checkpoints, releases the store. All devices, readers and imports must
-    /// be gone.
+    /// be gone. On a full disk, what was never flushed stays in the runtime directory for the next
+    /// open, and PoolOptions::notice says so: it outlives the process, and not the system.
     virtual Result<void> close() = 0;
 
     // Images.

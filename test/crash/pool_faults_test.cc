@@ -238,6 +238,7 @@ class Session {
     void read_all();
     void collect();
     void close();
+    bool has_buffer_file();
 
     /// The process is gone, and its disk well.
     Start end();
@@ -546,6 +547,15 @@ void Session::scrub() {
     }
 }
 
+/// On a full disk a pool that was closed leaves what it could not flush in its buffer's file.
+bool Session::has_buffer_file() {
+    const auto copy = files().fork();  // Looking must not meet a fault, nor count as an operation.
+    copy->clear_faults();
+    const auto entries = must(copy->list(TestPool::kRuntime));
+    return std::ranges::any_of(
+        entries, [](const io::DirectoryEntry& entry) { return entry.name.ends_with(".arena"); });
+}
+
 void Session::close() {
     if (!is_open()) {
         return;
@@ -556,7 +566,7 @@ void Session::close() {
     const auto closed = pool_->close();
     if (!closed) {
         note_error("close", closed.error());
-    } else if (!pool_->read_only_reason()) {
+    } else if (!pool_->read_only_reason() && !has_buffer_file()) {
         for (auto& [name, volume] : shadow_) {
             volume.flushed();
         }
