@@ -315,7 +315,7 @@ void StoreImpl::report_scan(Segment& segment, const SegmentScan& scan, CheckCoun
             ++beyond;
         }
     }
-    if (beyond > 0) {
+    if (first_beyond) {
         report({.kind = Finding::Kind::kChunk,
                 .what = fmt::format("the file ends before {} of it", entries_text(beyond)),
                 .file = path,
