@@ -30,6 +30,7 @@ bool lies_in(const Entry& entry, const PageRun& run) {
 Result<void> StoreImpl::evacuate(Segment& segment, const SegmentScan& scan, bool lost_end,
                                  RepairReport& report) {
     std::vector<PageRun> runs;
+    runs.reserve(scan.gaps.size() + 1);
     for (const Gap& gap : scan.gaps) {
         runs.push_back(gap.run);
     }
@@ -253,7 +254,8 @@ Result<RepairReport> StoreImpl::repair(Bytes payload) {
         Segment* segment = segments[i];
         SegmentScan scan;
         if (next) {
-            scan = *std::exchange(next, std::nullopt);
+            scan = std::move(*next);
+            next.reset();
         } else {
             STELLARIUM_ASSIGN(scan, scan_segment(*segment));
         }

@@ -89,10 +89,10 @@ Result<std::optional<NodeContent>> ChunkUserFinder::read(const NodeVisit& at) {
 }
 
 /// `node` is relative to the first leaf of `at`.
-void ChunkUserFinder::remember(const NodeVisit& at, BadNode node) {
+void ChunkUserFinder::remember(const NodeVisit& at, const BadNode& node) {
     const uint64_t cost = 1 + node.children.size() + node.runs.size();
     if (remembered_ + cost <= kMaxBadRanges &&
-        bad_nodes_.try_emplace(key_of(at.ref.id), std::move(node)).second) {
+        bad_nodes_.try_emplace(key_of(at.ref.id), node).second) {
         remembered_ += cost;
     }
 }
@@ -174,7 +174,7 @@ Result<bool> ChunkUserFinder::visit(const NodeVisit& at, Runs& out) {
         out.push_back(run);
     }
     if (!full(out)) {
-        remember(at, std::move(node));  // Else some of its children were not looked at.
+        remember(at, node);  // Else some of its children were not looked at.
     }
     return true;
 }

@@ -93,7 +93,7 @@ class ChunkUserFinder {
                            Runs& out);
     Result<void> hidden_by(const NodeVisit& at, uint64_t first, uint64_t last, Runs& out);
     static void append_run(Runs& runs, const Run& run);
-    void remember(const NodeVisit& at, BadNode node);
+    void remember(const NodeVisit& at, const BadNode& node);
     bool full(const Runs& out) const;
     Result<std::optional<NodeContent>> read(const NodeVisit& at);
     Result<void> check_cancelled() const;
