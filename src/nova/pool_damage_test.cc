@@ -552,7 +552,9 @@ TEST(PoolDamage, WhatIsNamedAsDamagedIsWhatCannotBeRead) {
         }
     }
     EXPECT_GT(chunks_hit, 100U);
-    EXPECT_GT(nodes_hit, 100U);
+    if (!under_sanitizer()) {  // Where few pages are tried, a node's may be none of them.
+        EXPECT_GT(nodes_hit, 100U);
+    }
 }
 
 TEST(PoolDamage, TheListOfVolumesIsNamedWhenItIsDamaged) {
