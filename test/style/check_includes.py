@@ -17,9 +17,9 @@ A test may also include what its stellarium_test() call names in DEPS, and a fuz
 stellarium_add_fuzz_target() call does.
 """
 import re
-import sys
-import tempfile
 from pathlib import Path
+
+from checker import count_wrong, run
 
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
 KEYWORDS = {"NAME", "SOURCES", "DEPS", "LIBS", "LABELS", "TIMEOUT", "RUNS"}
@@ -216,26 +216,8 @@ def self_test():
          {"src/high/CMakeLists.txt": "stellarium_component(NAME high SOURCES high.cc no.cc DEPS mid)\n"},
          "high lists no.cc, which does not exist"),
     ]
-    wrong = 0
-    for title, changes, expected in cases:
-        with tempfile.TemporaryDirectory() as folder:
-            for name, text in {**good, **changes}.items():
-                path = Path(folder, name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text)
-            problems = check(folder)
-        found = not problems if expected == "" else any(expected in line for line in problems)
-        if not found:
-            wrong += 1
-            print(f"self-test: {title}: expected '{expected}', got {problems}")
-    return wrong
+    return count_wrong(check, good, cases)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    if sys.argv[1] == "--self-test":
-        sys.exit(1 if self_test() else 0)
-    found_problems = check(sys.argv[1])
-    print("\n".join(found_problems), end="\n" if found_problems else "")
-    sys.exit(1 if found_problems else 0)
+    run(__doc__, check, self_test)

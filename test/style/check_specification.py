@@ -8,9 +8,9 @@ A promise is a row `| id | promise | tests |`. Its id is there once; its tests a
 GoogleTest case or `test_name` of a Python test below src/ or test/, or `script.sh` of one of those.
 """
 import re
-import sys
-import tempfile
 from pathlib import Path
+
+from checker import count_wrong, run
 
 PAGE = "docs/SPECIFICATION.md"
 ROW = re.compile(r"\| *([A-Z]\d+) *\|(.*)\|(.*)\|$")
@@ -71,26 +71,8 @@ def self_test():
         ("half a row", {PAGE: head + "| A2 | It is. |\n"}, "is no row"),
         ("an empty page", {PAGE: "# Nothing\n"}, "promises nothing"),
     ]
-    wrong = 0
-    for title, changes, expected in cases:
-        with tempfile.TemporaryDirectory() as folder:
-            for name, text in {**good, **changes}.items():
-                path = Path(folder, name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text)
-            problems = check(folder)
-        found = not problems if expected == "" else any(expected in line for line in problems)
-        if not found:
-            wrong += 1
-            print(f"self-test: {title}: expected '{expected}', got {problems}")
-    return wrong
+    return count_wrong(check, good, cases)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    if sys.argv[1] == "--self-test":
-        sys.exit(1 if self_test() else 0)
-    found_problems = check(sys.argv[1])
-    print("\n".join(found_problems), end="\n" if found_problems else "")
-    sys.exit(1 if found_problems else 0)
+    run(__doc__, check, self_test)

@@ -12,9 +12,9 @@
     the two, the linker keeps one (a collection moved 8-byte runs as if they had 24).
 """
 import re
-import sys
-import tempfile
 from pathlib import Path
+
+from checker import count_wrong, run
 
 # Written in pieces, so that this file does not match itself.
 MACHINE_PATH = re.compile(r"(?<![\w.$}~-])/(?:wo" + r"rk|ho" + r"me|Use" + r"rs|ro" + r"ot/[\w.])(?:/[\w.@-]+)+")
@@ -117,26 +117,8 @@ def self_test():
           "src/a/z.h": "// Z.\nnamespace stellarium::a {\nstruct Run;\n}\n"}, ""),
         ("a variable's path", {"docs/x.md": "cd $HOME" + private + " ~" + private + "\n"}, ""),
     ]
-    wrong = 0
-    for title, changes, expected in cases:
-        with tempfile.TemporaryDirectory() as folder:
-            for name, text in {**good, **changes}.items():
-                path = Path(folder, name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text)
-            problems = check(folder)
-        found = not problems if expected == "" else any(expected in line for line in problems)
-        if not found:
-            wrong += 1
-            print(f"self-test: {title}: expected '{expected}', got {problems}")
-    return wrong
+    return count_wrong(check, good, cases)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    if sys.argv[1] == "--self-test":
-        sys.exit(1 if self_test() else 0)
-    found_problems = check(sys.argv[1])
-    print("\n".join(found_problems), end="\n" if found_problems else "")
-    sys.exit(1 if found_problems else 0)
+    run(__doc__, check, self_test)
