@@ -169,23 +169,38 @@ Result<void> list_attachments(Context& context, const Arguments&) {
 
 namespace {
 
-/// Asks how far the collection is and shows it, until `done`; passes an interruption on.
-void watch_collection(control::ControlClient& client, Progress& progress,
-                      const std::function<bool()>& done) {
+/// Does at `target` what takes long. Meanwhile asks how far it is, for `show`, and passes an
+/// interruption on.
+Result<Json> call_and_watch(Context& context, Progress& progress, const std::string& target,
+                            const Json& request, const std::function<void(const Json&)>& show) {
+    STELLARIUM_ASSIGN(control::ControlClient* const client, context.client());
+    const std::unique_ptr<control::ControlClient> second = context.session()->second_client();
+    std::future<Result<Json>> answer =
+        std::async(std::launch::async, [&] { return client->call("POST", target, request); });
     bool cancelled = false;
-    while (!done()) {
+    while (second && answer.wait_for(kWatchEvery) != std::future_status::ready) {
         if (interrupted() && !cancelled) {
-            cancelled = client.call("DELETE", "/v1/gc").has_value();
+            cancelled = second->call("DELETE", target).has_value();
         }
-        if (const Result<Json> state = client.call("GET", "/v1/gc");
+        if (const Result<Json> state = second->call("GET", target);
             state && bool_field(*state, "running")) {
-            const std::string phase = text_field(*state, "phase");
-            progress.show(phase == "mark"   ? "collecting garbage: looking for what is needed"
-                          : phase == "free" ? "collecting garbage: freeing"
-                                            : "collecting garbage: rewriting",
-                          number_field(*state, "done"), number_field(*state, "total"));
+            show(*state);
         }
     }
+    Result<Json> report = answer.get();
+    progress.finish();
+    if (!report && report.error().code() == ErrorCode::kCancelled) {
+        STELLARIUM_TRY(check_interrupt());
+    }
+    return report;
+}
+
+void show_collection(Progress& progress, const Json& state) {
+    const std::string phase = text_field(state, "phase");
+    progress.show(phase == "mark"   ? "collecting garbage: looking for what is needed"
+                  : phase == "free" ? "collecting garbage: freeing"
+                                    : "collecting garbage: rewriting",
+                  number_field(state, "done"), number_field(state, "total"));
 }
 
 }  // namespace
@@ -199,37 +214,23 @@ Result<void> collect_garbage(Context& context, const Arguments& arguments) {
         }
         request["rate_bytes_per_second"] = rate;
     }
-    STELLARIUM_ASSIGN(control::ControlClient* const client, context.client());
     Progress progress("collecting garbage", context.progress());
-    const std::unique_ptr<control::ControlClient> second = context.session()->second_client();
-    std::future<Result<Json>> answer =
-        std::async(std::launch::async, [&] { return client->call("POST", "/v1/gc", request); });
-    if (second) {
-        watch_collection(*second, progress, [&answer] {
-            return answer.wait_for(kWatchEvery) == std::future_status::ready;
-        });
-    }
-    const Result<Json> report = answer.get();
-    progress.finish();
-    if (!report) {
-        if (report.error().code() == ErrorCode::kCancelled) {
-            STELLARIUM_TRY(check_interrupt());
-        }
-        return std::unexpected(report.error());
-    }
+    STELLARIUM_ASSIGN(const Json report,
+                      call_and_watch(context, progress, "/v1/gc", request,
+                                     [&](const Json& state) { show_collection(progress, state); }));
     Output& out = context.out();
-    const auto size = [&](std::string_view key) { return out.size(number_field(*report, key)); };
+    const auto size = [&](std::string_view key) { return out.size(number_field(report, key)); };
     std::string sentence = fmt::format(
         "{} {}: {} chunks of {} {} dead, {} are needed", arguments.dry_run ? "would free" : "freed",
-        size("freed_bytes"), number_field(*report, "dead_chunks"), size("dead_bytes"),
+        size("freed_bytes"), number_field(report, "dead_chunks"), size("dead_bytes"),
         arguments.dry_run ? "are" : "were", size("live_bytes"));
     if (!arguments.dry_run) {
-        sentence += fmt::format("; {} copied, in {} ms",
-                                out.size(number_field(*report, "moved_bytes") +
-                                         number_field(*report, "rewritten_bytes")),
-                                number_field(*report, "duration_ms"));
+        sentence += fmt::format(
+            "; {} copied, in {} ms",
+            out.size(number_field(report, "moved_bytes") + number_field(report, "rewritten_bytes")),
+            number_field(report, "duration_ms"));
     }
-    print_done(context, *report, sentence);
+    print_done(context, report, sentence);
     return {};
 }
 
@@ -238,22 +239,11 @@ namespace {
 /// Ranges of one user that a line of the report names.
 constexpr size_t kRangesPerLine = 8;
 
-/// Asks how far the scrub is and shows it, until `done`; passes an interruption on.
-void watch_scrub(control::ControlClient& client, Progress& progress,
-                 const std::function<bool()>& done) {
-    bool stopped = false;
-    while (!done()) {
-        if (interrupted() && !stopped) {
-            stopped = client.call("DELETE", "/v1/scrub").has_value();
-        }
-        if (const Result<Json> state = client.call("GET", "/v1/scrub");
-            state && bool_field(*state, "running") && state->contains("present") &&
-            state->at("present").is_object()) {
-            const uint64_t bytes = number_field(state->at("present"), "bytes");
-            progress.show(
-                fmt::format("checking, {} damaged", number_field(*state, "damaged_chunks")),
-                bytes / kMiB, std::max(number_field(*state, "total_bytes"), bytes) / kMiB);
-        }
+void show_scrub(Progress& progress, const Json& state) {
+    if (state.contains("present") && state.at("present").is_object()) {
+        const uint64_t bytes = number_field(state.at("present"), "bytes");
+        progress.show(fmt::format("checking, {} damaged", number_field(state, "damaged_chunks")),
+                      bytes / kMiB, std::max(number_field(state, "total_bytes"), bytes) / kMiB);
     }
 }
 
@@ -350,35 +340,21 @@ Result<void> scrub(Context& context, const Arguments& arguments) {
         STELLARIUM_ASSIGN(rate, parse_size(arguments.rate));
     }
     const Json request{{"restart", arguments.restart}, {"rate_bytes_per_second", rate}};
-    STELLARIUM_ASSIGN(control::ControlClient* const client, context.client());
     Progress progress("checking", context.progress());
-    const std::unique_ptr<control::ControlClient> second = context.session()->second_client();
-    std::future<Result<Json>> answer =
-        std::async(std::launch::async, [&] { return client->call("POST", "/v1/scrub", request); });
-    if (second) {
-        watch_scrub(*second, progress, [&answer] {
-            return answer.wait_for(kWatchEvery) == std::future_status::ready;
-        });
-    }
-    const Result<Json> report = answer.get();
-    progress.finish();
-    if (!report) {
-        if (report.error().code() == ErrorCode::kCancelled) {
-            STELLARIUM_TRY(check_interrupt());
-        }
-        return std::unexpected(report.error());
-    }
+    STELLARIUM_ASSIGN(const Json report,
+                      call_and_watch(context, progress, "/v1/scrub", request,
+                                     [&](const Json& state) { show_scrub(progress, state); }));
     STELLARIUM_ASSIGN(const Json damage, ask(context, "GET", "/v1/damage"));
     Output& out = context.out();
     if (out.json()) {
-        Json both = *report;
+        Json both = report;
         both["damage"] = damage;
         out.value(both);
         return verdict(out, damage);
     }
     out.line(fmt::format("checked {} in {} chunks, {} damaged",
-                         out.size(number_field(*report, "bytes")), number_field(*report, "chunks"),
-                         number_field(*report, "damaged")));
+                         out.size(number_field(report, "bytes")), number_field(report, "chunks"),
+                         number_field(report, "damaged")));
     print_damage(out, damage);
     return verdict(out, damage);
 }
