@@ -11,6 +11,7 @@
 #include "base/test_scale.h"
 #include "base/units.h"
 #include "nova/limits.h"
+#include "nova/testing/bad_pages.h"
 #include "nova/testing/page_model.h"
 #include "nova/testing/test_store.h"
 
@@ -22,25 +23,9 @@ using testing::must;
 using testing::overlay_maps;
 using testing::PageMap;
 using testing::PageMapping;
+using testing::pages_of;
 using testing::RandomMaps;
 using testing::TestStore;
-
-/// What the ranges say, page by page.
-std::map<uint64_t, ChunkId> pages_of(const BadRanges& bad, uint64_t size_bytes) {
-    std::map<uint64_t, ChunkId> pages;
-    uint64_t end = 0;
-    for (const BadRange& range : bad.ranges) {
-        EXPECT_GE(range.offset_bytes, end);
-        EXPECT_EQ(range.offset_bytes % kPageBytes, 0U);
-        EXPECT_GT(range.length_bytes, 0U);
-        end = range.offset_bytes + range.length_bytes;
-        EXPECT_LE(end, size_bytes);
-        for (uint64_t at = range.offset_bytes; at < end; at += kPageBytes) {
-            pages[at / kPageBytes] = range.cause;
-        }
-    }
-    return pages;
-}
 
 /// A volume, and what each of its pages is mapped to.
 struct ShadowedState {

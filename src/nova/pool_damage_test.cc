@@ -17,6 +17,7 @@
 #include "base/test_scale.h"
 #include "base/units.h"
 #include "nova/limits.h"
+#include "nova/testing/bad_pages.h"
 #include "nova/testing/test_pool.h"
 
 namespace stellarium::nova {
@@ -437,23 +438,6 @@ TEST(PoolDamage, ARottenBitIsNeverServed) {
 }
 
 // --- Who suffers ---------------------------------------------------------------------------------
-
-/// What the ranges say, page by page.
-std::map<uint64_t, ChunkId> pages_of(const BadRanges& bad, uint64_t size_bytes) {
-    std::map<uint64_t, ChunkId> pages;
-    uint64_t end = 0;
-    for (const BadRange& range : bad.ranges) {
-        EXPECT_GE(range.offset_bytes, end);
-        EXPECT_EQ(range.offset_bytes % kPageBytes, 0U);
-        EXPECT_GT(range.length_bytes, 0U);
-        end = range.offset_bytes + range.length_bytes;
-        EXPECT_LE(end, size_bytes);
-        for (uint64_t at = range.offset_bytes; at < end; at += kPageBytes) {
-            pages[at / kPageBytes] = range.cause;
-        }
-    }
-    return pages;
-}
 
 /// The ids of all that a scrub of a store finds damaged.
 std::vector<ChunkId> scrubbed(const io::Env& env) {
