@@ -325,6 +325,13 @@ Result<void> StoreImpl::apply_recovery(RecoveredLog& log) {
     log_end_segment_ = log.tail_segment;
     log_end_page_ = log.tail_page;
     last_found_segment_ = log.last_segment;
+    sequence_.store(log.last_sequence);
+    durable_sequence_ = log.last_sequence;
+    highest_sequence_ = log.highest_sequence;
+    last_segment_ = log.last_segment;
+    counters_ = log.counters;
+    batches_ = std::move(log.batches);
+    checkpoint_appended_bytes_ = superblock_.appended_bytes;
     if (salvage_ != Salvage::kNone) {
         for (const std::string& sentence : log.damage) {
             note({.kind = Finding::Kind::kLog,
@@ -338,13 +345,6 @@ Result<void> StoreImpl::apply_recovery(RecoveredLog& log) {
                             "written again"});
         }
         // The next batch goes into a new segment, so that nothing that is there is changed.
-        sequence_.store(log.last_sequence);
-        durable_sequence_ = log.last_sequence;
-        highest_sequence_ = log.highest_sequence;
-        last_segment_ = log.last_segment;
-        counters_ = log.counters;
-        batches_ = std::move(log.batches);
-        checkpoint_appended_bytes_ = superblock_.appended_bytes;
         return {};
     }
     if (!log.damage.empty()) {
@@ -376,13 +376,6 @@ Result<void> StoreImpl::apply_recovery(RecoveredLog& log) {
             STELLARIUM_TRY(files_.sync_directory(join_path(directory_, kSegmentsName)));
         }
     }
-    sequence_.store(log.last_sequence);
-    durable_sequence_ = log.last_sequence;
-    highest_sequence_ = log.highest_sequence;
-    last_segment_ = log.last_segment;
-    counters_ = log.counters;
-    batches_ = std::move(log.batches);
-    checkpoint_appended_bytes_ = superblock_.appended_bytes;
     if (log.tail_segment != 0) {
         active_.segment = segments_->find(log.tail_segment);
         active_.file = log.tail_file;
