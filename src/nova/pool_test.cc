@@ -641,6 +641,31 @@ TEST(PoolBuffer, AnotherRuntimeDirectoryFindsTheArenaThroughTheLog) {
     EXPECT_EQ(read(*must(pool->attach("vm", {})), 0, expected.size()), expected);
 }
 
+TEST(PoolBuffer, AFlushCoversWhatWasAppendedBeforeTheVolumeWasOpened) {
+    const auto data = random_bytes(64 * kPageBytes, 1);
+    for (uint64_t seed = 1; seed <= 8; ++seed) {
+        SCOPED_TRACE(seed);
+        TestPool pool(seed);
+        must(pool->create_volume("vm", kMiB));
+        auto device = must(pool->attach("vm", {}));
+        must(write(*device, 0, data));
+        pool.machine().kill_process();
+        device.reset();
+        pool.kill();
+        // Appended, and not synced.
+        must(pool->detail("vm"));
+        ASSERT_EQ(must(pool->find("vm")).dirty_bytes, 0U);
+        ASSERT_LT(pool->stats().store.durable_sequence, pool->stats().store.sequence);
+        must(pool->attach("vm", {.read_only = true})).reset();
+        device = must(pool->attach("vm", {}));
+        must(flush(*device));
+        pool.machine().crash(seed);
+        device.reset();
+        pool.kill();
+        EXPECT_TRUE(read(*must(pool->attach("vm", {})), 0, data.size()) == data);
+    }
+}
+
 TEST(PoolBuffer, WhatBecameCleanIsWrittenBackWhenItIsDirtyAgain) {
     TestPool pool;
     must(pool->create_volume("a", 64 * kMiB));

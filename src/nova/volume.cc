@@ -33,7 +33,8 @@ Volume::Volume(nebula::Store& store, NodeCache& cache, Arena& arena, Writeback& 
       cache_(cache),
       arena_(arena),
       writeback_(writeback),
-      entity_(std::move(entity)) {}
+      entity_(std::move(entity)),
+      last_sequence_(store.sequence()) {}
 
 Volume::~Volume() = default;
 

@@ -105,7 +105,8 @@ class Volume : public std::enable_shared_from_this<Volume> {
     /// Forgets everything dirty in a range, as a discard of it does.
     void drop(uint64_t first_page, uint64_t pages);
 
-    /// The last batch that holds something of this volume.
+    /// The last batch that may hold something of this volume. What an earlier object of the volume
+    /// appended need not be durable yet, so at first that is the newest batch of all.
     uint64_t last_sequence() const { return last_sequence_.load(std::memory_order_acquire); }
     void set_last_sequence(uint64_t sequence) {
         last_sequence_.store(sequence, std::memory_order_release);
@@ -192,7 +193,7 @@ class Volume : public std::enable_shared_from_this<Volume> {
     std::atomic<uint64_t> dirty_entries_{0};  ///< Of `pages` and `zeros` of all shards.
     std::atomic<uint64_t> held_slots_{0};
     std::atomic<bool> noted_dirty_{false};  ///< On the list of note_dirty().
-    std::atomic<uint64_t> last_sequence_{0};
+    std::atomic<uint64_t> last_sequence_;
 
     std::mutex failure_mutex_;
     std::optional<Error> failure_;       ///< Of the last write-back. Guarded by failure_mutex_.
