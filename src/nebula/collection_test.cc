@@ -407,6 +407,64 @@ TEST_F(CollectionTest, TheBarrierKeepsDuplicatesThroughASweep) {
     EXPECT_FALSE(contains(lost.id));
 }
 
+TEST_F(CollectionTest, ACopyThatHealedRotIsKeptWhereTheRotIsForgotten) {
+    const Blob chunk = make_chunk(1, 2);
+    append_chunk(*store_, chunk);
+    ASSERT_OK(store_->checkpoint(store_->sequence(), {}));
+    const PageAddress rotten = store_->resolve(chunk.id)->address;
+    machine_.files().damage("/pool/segments/0000001.seg", rotten.offset_bytes() + 100, 1, 1);
+    reopen();
+    ASSERT_EQ(read_chunk(*store_, chunk.id).error().code(), ErrorCode::kCorrupt);
+    append_chunk(*store_, chunk);
+    const PageAddress healed = store_->resolve(chunk.id)->address;
+    ASSERT_NE(healed, rotten);
+    // Without a checkpoint nobody knows any more which of the two is rotten, and nodes still name
+    // the first.
+    reopen();
+    ASSERT_EQ(store_->stats().damaged_chunks, 0U);
+    auto collection = begin();
+    ASSERT_OK(collection->mark_pages(chunk.id, rotten, 0x3));
+    EXPECT_EQ(sweep(*collection).dead_chunks, 0U);
+    EXPECT_EQ(store_->stats().damaged_chunks, 1U);
+    auto whole = read_chunk(*store_, chunk.id);
+    ASSERT_OK(whole);
+    EXPECT_EQ(*whole, chunk.bytes);
+    // It is known now, and from the next checkpoint on for good: what is rotten goes.
+    collection.reset();
+    ASSERT_OK(store_->checkpoint(store_->sequence(), {}));
+    reopen();
+    collection = begin();
+    ASSERT_OK(collection->mark_pages(chunk.id, rotten, 0x3));
+    EXPECT_EQ(sweep(*collection).dead_chunks, 1U);
+    EXPECT_EQ(store_->stats().damaged_chunks, 0U);
+    EXPECT_EQ(read_code(rotten), ErrorCode::kStale);
+    whole = read_chunk(*store_, chunk.id);
+    ASSERT_OK(whole);
+    EXPECT_EQ(*whole, chunk.bytes);
+}
+
+TEST_F(CollectionTest, OfTwoWholeCopiesOneGoes) {
+    const Blob chunk = make_chunk(1, 2);
+    append_chunk(*store_, chunk);
+    ASSERT_OK(store_->checkpoint(store_->sequence(), {}));
+    const PageAddress first = store_->resolve(chunk.id)->address;
+    // Unreadable for a while, and so stored again.
+    machine_.files().damage("/pool/segments/0000001.seg", first.offset_bytes(), 1, 1);
+    reopen();
+    ASSERT_EQ(read_chunk(*store_, chunk.id).error().code(), ErrorCode::kCorrupt);
+    append_chunk(*store_, chunk);
+    const PageAddress second = store_->resolve(chunk.id)->address;
+    const auto file = machine_.files().open("/pool/segments/0000001.seg", io::OpenMode::kReadWrite);
+    ASSERT_OK(file);
+    ASSERT_OK(io::write_all(**file, Bytes(chunk.bytes), first.offset_bytes()));
+    reopen();
+    const auto collection = begin();
+    ASSERT_OK(collection->mark_pages(chunk.id, first, 0x3));
+    EXPECT_EQ(sweep(*collection).dead_chunks, 1U);
+    EXPECT_EQ(read_code(second), ErrorCode::kStale);
+    EXPECT_EQ(read_chunk(*store_, chunk.id).value(), chunk.bytes);
+}
+
 TEST_F(CollectionTest, FootersAndIndexThatAreLostComeBackWithoutTheDead) {
     std::vector<Blob> chunks;
     std::vector<Blob> objects;

@@ -153,6 +153,8 @@ class CollectionImpl final : public Collection {
     uint32_t end_page_in(const Segment& segment) const;
     /// Marked, or kept by whatever protection there is; append_mutex_ is held.
     MarkSet::Bits live_in(uint32_t segment) const;
+    /// Marked or kept, or newer than the position; append_mutex_ is held.
+    bool is_needed(const StoreImpl::Found& found) const;
     Result<Found> look_at(Segment& segment, const MarkSet::Bits& live, double sparse_below);
     Result<CollectionReport> count(const SweepOptions& options);
 
@@ -160,6 +162,9 @@ class CollectionImpl final : public Collection {
                                   double move_below);
     Result<void> move_sparse(const SweepOptions& options, Pace& pace);
     Result<void> move_entries(Segment& segment, const std::vector<uint32_t>& ordinals, Pace& pace);
+    /// A mark may have found the rotten one of two copies, when it is not known for that (any
+    /// more): true when no other copy that is needed can be read. append_mutex_ is held.
+    Result<bool> is_only_whole_copy(Segment& segment, const LocatedEntry& unmarked);
     Result<void> condemn(Segment& segment);
     Result<void> condemn_slice(Segment& segment, const std::vector<LocatedEntry>& dead);
     /// After the last slice: dead pages, and whether the segment as a whole is dead.
@@ -301,6 +306,15 @@ MarkSet::Bits CollectionImpl::live_in(uint32_t segment) const {
         live.merge(protection->live(segment));
     }
     return live;
+}
+
+bool CollectionImpl::is_needed(const StoreImpl::Found& found) const {
+    const uint32_t segment = found.segment->number();
+    return found.entry.page.get() >= end_page_in(*found.segment) ||
+           marks_.is_live(segment, found.ordinal) ||
+           std::ranges::any_of(store_.protections_, [&](const MarkSet* protection) {
+               return protection->is_live(segment, found.ordinal);
+           });
 }
 
 Result<CollectionImpl::Found> CollectionImpl::look_at(Segment& segment, const MarkSet::Bits& live,
@@ -515,6 +529,38 @@ Result<void> CollectionImpl::move_entries(Segment& segment, const std::vector<ui
     return items.empty() ? Result<void>() : write();
 }
 
+Result<bool> CollectionImpl::is_only_whole_copy(Segment& segment, const LocatedEntry& unmarked) {
+    const ChunkId& id = unmarked.entry.id;
+    const PageAddress address = PageAddress::make(segment.number(), unmarked.entry.page.get());
+    std::vector<PageAddress> candidates;
+    STELLARIUM_TRY(store_.with_index([&]() -> Result<void> {
+        candidates.clear();
+        return store_.index_->candidates(id, candidates);
+    }));
+    bool others_are_bad = false;
+    for (const PageAddress other : candidates) {
+        if (other == address) {
+            continue;
+        }
+        STELLARIUM_ASSIGN(const auto found, store_.confirm(id, other, StoreImpl::Want::kAny));
+        if (!found || !is_needed(*found)) {
+            continue;
+        }
+        std::vector<std::byte> content;
+        std::vector<std::byte> aux;
+        const auto read =
+            store_.segments_->read_object(*found->segment, found->entry, content, aux);
+        if (read) {
+            return false;
+        }
+        if (read.error().code() != ErrorCode::kCorrupt && read.error().code() != ErrorCode::kIo) {
+            return std::unexpected(read.error());
+        }
+        others_are_bad = true;
+    }
+    return others_are_bad;
+}
+
 /// Declares dead what nothing marked or kept, and what has been copied. Slice by slice, so that
 /// appends wait for a moment only; what they find or write in between is kept.
 Result<void> CollectionImpl::condemn(Segment& segment) {
@@ -548,8 +594,19 @@ Result<void> CollectionImpl::condemn(Segment& segment) {
                 }
                 return true;
             }));
-        if (!dead.empty()) {
-            STELLARIUM_TRY(condemn_slice(segment, dead));
+        std::vector<LocatedEntry> given_up;
+        for (const LocatedEntry& found : dead) {
+            const bool has_copy = moved.test(found.ordinal);
+            STELLARIUM_ASSIGN(const bool only,
+                              has_copy ? Result<bool>(false) : is_only_whole_copy(segment, found));
+            if (only) {
+                marks_.keep(segment.number(), found.ordinal);
+            } else {
+                given_up.push_back(found);
+            }
+        }
+        if (!given_up.empty()) {
+            STELLARIUM_TRY(condemn_slice(segment, given_up));
         }
     }
     return {};
