@@ -1,6 +1,7 @@
 // Garbage collection at the level of the store: what is kept, what goes, and what readers see.
 #include "nebula/collection.h"
 
+#include <cerrno>
 #include <cstdlib>
 #include <filesystem>
 #include <memory>
@@ -339,6 +340,27 @@ TEST_F(CollectionTest, WhatIsLeftOfADeadSegmentIsMoved) {
     reopen();
     check();
     EXPECT_EQ(keep_only({&chunks[1]}, {&objects[2]}).dead_chunks, 1U);
+}
+
+TEST_F(CollectionTest, WhatCannotBeReadIsNotMovedAndTheRestIsFreed) {
+    std::vector<Blob> chunks;
+    for (uint64_t i = 0; store_->stats().segments < 3; ++i) {
+        chunks.push_back(make_chunk(i, 2));
+        append_chunk(*store_, chunks.back());
+    }
+    machine_.files().inject({.kind = io::OperationKind::kRead,
+                             .path_part = "0000001.seg",
+                             .nth = 1,
+                             .for_ever = true,
+                             .errno_value = EIO});
+    const CollectionReport report = keep_only({&chunks[1]});
+    EXPECT_EQ(report.moved_bytes, 0U);
+    EXPECT_EQ(report.dead_chunks, chunks.size() - 1);
+    EXPECT_EQ(report.segments_freed, 1U);
+    machine_.files().clear_faults();
+    const auto found = read_chunk(*store_, chunks[1].id);
+    ASSERT_OK(found);
+    EXPECT_EQ(*found, chunks[1].bytes);
 }
 
 TEST_F(CollectionTest, FragmentedSegmentsAreEmptiedRatherThanPunched) {

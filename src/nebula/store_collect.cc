@@ -512,8 +512,10 @@ Result<void> CollectionImpl::move_entries(Segment& segment, const std::vector<ui
         std::vector<std::byte>& content = bytes.emplace_back();
         std::vector<std::byte>& aux = bytes.emplace_back();
         auto read = store_.segments_->read_object(segment, entry, content, aux);
-        if (!read && read.error().code() == ErrorCode::kCorrupt) {
-            // Damaged, and by now remembered as such: it stays where it is.
+        if (!read &&
+            (read.error().code() == ErrorCode::kCorrupt || read.error().code() == ErrorCode::kIo)) {
+            // It stays where it is, and is no reason to free nothing. What is rotten is remembered
+            // as such by now; what cannot be read is for scrub to judge.
             store_.warn(read.error().message());
             continue;
         }
