@@ -4,6 +4,7 @@
 #include <array>
 #include <atomic>
 #include <cassert>
+#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
@@ -250,6 +251,9 @@ class PosixFile final : public File {
     Result<std::unique_ptr<MappedBytes>> map(uint64_t offset_bytes,
                                              uint64_t length_bytes) override {
         STELLARIUM_ASSIGN(Mapping mapping, map_range(PROT_READ, offset_bytes, length_bytes));
+        if (length_bytes <= kMaxFetchedBytes) {
+            STELLARIUM_TRY(fetch_mapped(mapping.bytes(), path_));
+        }
         return std::make_unique<PosixMappedBytes>(std::move(mapping));
     }
 
@@ -443,6 +447,24 @@ FileSystemType file_system_type_of_magic(uint32_t magic) {
         return {FileSystemKind::kUnknown, fmt::format("{:#x}", magic)};
     }
     return {known->kind, std::string(known->name)};
+}
+
+Result<void> fetch_mapped(Bytes mapped, std::string_view path) {
+    if (mapped.empty()) {
+        return {};
+    }
+    // The system call takes no const, and does not write.
+    auto* const start = const_cast<std::byte*>(mapped.data());
+    const int fetched =
+        retry_interrupted([&] { return ::madvise(start, mapped.size(), MADV_POPULATE_READ); });
+    if (fetched != 0 && (errno == EFAULT || errno == EHWPOISON)) {
+        return fail(ErrorCode::kIo,
+                    fmt::format("map {}: not all of {} mapped bytes can be read: check the disk "
+                                "and the kernel log",
+                                path, mapped.size()));
+    }
+    // Anything else says that the system does not do this, or not now: reading on demand will.
+    return {};
 }
 
 Result<std::unique_ptr<File>> adopt_descriptor(int descriptor, std::string name) {

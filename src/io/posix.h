@@ -18,8 +18,10 @@
 // Thread rule: as io.h.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
 
 #include "io/io.h"
 
@@ -30,6 +32,12 @@ namespace stellarium::io {
 /// Errors: kInvalidArgument for anything but a regular file or block device; the descriptor is
 /// closed then too.
 Result<std::unique_ptr<File>> adopt_descriptor(int descriptor, std::string name);
+
+/// Has mapped bytes of the file `path` read now, so that what cannot be read is an error (kIo) and
+/// not the end of the process at the first access (SIGBUS). File::map() calls it for up to
+/// kMaxFetchedBytes; larger mappings are read as they are used. Does nothing before Linux 5.14.
+Result<void> fetch_mapped(Bytes mapped, std::string_view path);
+inline constexpr uint64_t kMaxFetchedBytes = uint64_t{16} << 20;
 
 class PosixFileSystem final : public FileSystem {
   public:

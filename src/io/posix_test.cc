@@ -8,6 +8,7 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 #include <signal.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -16,6 +17,8 @@
 
 namespace stellarium::io {
 namespace {
+
+const auto kPage = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
 
 class PosixTest : public testing::Test {
   protected:
@@ -155,6 +158,23 @@ TEST_F(PosixTest, SharedMemoryDirectoryIsAMemoryFileSystem) {
     const auto type = files_.type("/dev/shm");
     STELLARIUM_ASSERT_OK(type);
     EXPECT_EQ(type->kind, FileSystemKind::kMemory) << type->name;
+}
+
+TEST_F(PosixTest, MappedBytesThatCannotBeReadAreAnError) {
+    const auto file = files_.open(path("a"), OpenMode::kCreate).value();
+    STELLARIUM_ASSERT_OK(write_all(*file, pattern(4 * kPage, 1), 0));
+    const auto map = file->map(0, 4 * kPage).value();
+    STELLARIUM_EXPECT_OK(fetch_mapped(map->bytes(), file->path()));
+    // As a sector that cannot be read: an access to the last page would be a SIGBUS.
+    STELLARIUM_ASSERT_OK(file->truncate(3 * kPage));
+    const auto fetched = fetch_mapped(map->bytes(), file->path());
+    if (::madvise(nullptr, 0, MADV_POPULATE_READ) != 0) {
+        STELLARIUM_EXPECT_OK(fetched);  // Before Linux 5.14.
+        return;
+    }
+    STELLARIUM_EXPECT_FAILS(fetched, ErrorCode::kIo);
+    EXPECT_NE(fetched.error().message().find(path("a")), std::string::npos);
+    STELLARIUM_EXPECT_OK(fetch_mapped(map->bytes().first(3 * kPage), file->path()));
 }
 
 TEST_F(PosixTest, MappedMemoryOutlivesTheFileOnlyForReadMaps) {
