@@ -27,15 +27,16 @@ bool is_valid(const ScrubFile& file, const nebula::Store& store) {
            file.next < nebula::PageAddress::kReserved;
 }
 
-std::optional<ScrubPass> pass_of(const ScrubPassRecord& record) {
-    if (record.started_ns == 0) {
-        return std::nullopt;
-    }
+ScrubPass pass_of(const ScrubPassRecord& record) {
     return ScrubPass{.started = std::chrono::nanoseconds(record.started_ns),
                      .ended = std::chrono::nanoseconds(record.ended_ns),
                      .bytes = record.bytes,
                      .entries = record.entries,
                      .damaged = record.damaged};
+}
+
+std::optional<ScrubPass> pass_if_begun(const ScrubPassRecord& record) {
+    return record.started_ns == 0 ? std::nullopt : std::optional(pass_of(record));
 }
 
 }  // namespace
@@ -100,9 +101,9 @@ std::chrono::nanoseconds Scrubber::due(std::chrono::seconds every) const {
 ScrubStats Scrubber::stats() const {
     const std::lock_guard lock(mutex_);
     return {.running = running_,
-            .present = file_.next != 0 || running_ ? pass_of(file_.present) : std::nullopt,
+            .present = file_.next != 0 || running_ ? pass_if_begun(file_.present) : std::nullopt,
             .total_bytes = 0,
-            .last = pass_of(file_.last),
+            .last = pass_if_begun(file_.last),
             .checked_bytes = checked_bytes_,
             .passes = passes_,
             .damaged_chunks = 0,
@@ -165,7 +166,7 @@ Result<ScrubPass> Scrubber::run(const ScrubOptions& options, double share_of_tim
             // "Nowhere" would say that there is no pass; it is complete below.
             file_.next = next ? next.value() : file_.next.get();
             checked_bytes_ += step->bytes;
-            pass = *pass_of(present);
+            pass = pass_of(present);
         }
         if (options.progress) {
             options.progress(pass, std::max(pass.bytes, store_.stats().unique_bytes));
@@ -204,7 +205,7 @@ Result<ScrubPass> Scrubber::run(const ScrubOptions& options, double share_of_tim
         file_.present.ended_ns = static_cast<uint64_t>(env_.clock->wall().count());
         file_.last = file_.present;
         ++passes_;
-        pass = *pass_of(file_.last);
+        pass = pass_of(file_.last);
     }
     STELLARIUM_TRY(end({}));
     return pass;
