@@ -15,6 +15,7 @@
 #include <span>
 #include <string_view>
 #include <type_traits>
+#include <vector>
 
 namespace stellarium {
 
@@ -65,6 +66,10 @@ Bytes bytes_of(const T& value) {
 
 inline Bytes bytes_of(std::string_view text) {
     return std::as_bytes(std::span<const char>(text.data(), text.size()));
+}
+
+inline void append_bytes(std::vector<std::byte>& out, Bytes bytes) {
+    out.insert(out.end(), bytes.begin(), bytes.end());
 }
 
 /// Reads a T from the front of `bytes`; the caller has checked that it is long enough.

@@ -72,6 +72,11 @@ bool bool_field(const Json& json, std::string_view key) {
     return value != nullptr && value->is_boolean() && value->get<bool>();
 }
 
+std::string plural(uint64_t count, std::string_view what) {
+    const std::string_view ending = count == 1 ? "" : what.ends_with("ch") ? "es" : "s";
+    return fmt::format("{} {}{}", count, what, ending);
+}
+
 void print_entity(Context& context, const Json& entity) {
     Output& out = context.out();
     if (out.json()) {

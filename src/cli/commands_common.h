@@ -25,6 +25,9 @@ std::string text_field(const control::Json& json, std::string_view key);
 uint64_t number_field(const control::Json& json, std::string_view key);
 bool bool_field(const control::Json& json, std::string_view key);
 
+/// "1 range", "2 ranges", "3 batches".
+std::string plural(uint64_t count, std::string_view what);
+
 /// Prints one object: JSON as it is, or "Key  value" lines for people.
 void print_entity(Context& context, const control::Json& entity);
 /// Prints the object for programs and the sentence for people.

@@ -18,11 +18,6 @@ namespace {
 
 constexpr std::chrono::milliseconds kRetryEvery{100};
 
-std::string plural(uint64_t count, std::string_view what) {
-    const std::string_view ending = count == 1 ? "" : what.ends_with("ch") ? "es" : "s";
-    return fmt::format("{} {}{}", count, what, ending);
-}
-
 Json json_of(const std::vector<nebula::Finding>& findings) {
     Json list = Json::array();
     for (const nebula::Finding& finding : findings) {

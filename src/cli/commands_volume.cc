@@ -50,10 +50,6 @@ Result<SnapshotName> snapshot_name(const Arguments& arguments) {
                 "name the volume and the snapshot: VOLUME NAME or VOLUME@NAME");
 }
 
-std::string plural(uint64_t count, std::string_view word) {
-    return fmt::format("{} {}{}", count, word, count == 1 ? "" : "s");
-}
-
 }  // namespace
 
 Result<std::vector<std::string>> expand_names(const std::string& pattern, uint64_t count) {

@@ -22,6 +22,8 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
+#include "io/failure.h"
+
 namespace stellarium::io {
 namespace {
 
@@ -29,10 +31,6 @@ namespace {
 // EINVAL, which is the answer that it deserves.
 off_t to_off(uint64_t bytes) {
     return static_cast<off_t>(bytes);
-}
-
-std::unexpected<Error> failed(int errno_value, std::string_view operation, std::string_view path) {
-    return std::unexpected(Error::from_errno(errno_value, fmt::format("{} {}", operation, path)));
 }
 
 std::unexpected<Error> failed_at(int errno_value, std::string_view operation, std::string_view path,

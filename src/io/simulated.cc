@@ -11,21 +11,17 @@
 #include <fmt/format.h>
 #include <sys/mman.h>
 
+#include "io/failure.h"
 #include "io/simulated_disk.h"
 
 namespace stellarium::io {
 namespace {
 
-constexpr uint64_t kPageBytes = SparsePages::kPageBytes;
 constexpr uint64_t kMaxFileBytes = uint64_t{16} << 40;
 constexpr uint64_t kUnlimitedBytes = uint64_t{1} << 50;
 constexpr size_t kMaxNameBytes = 255;
 constexpr int kFirstProcessId = 1000;
 constexpr std::string_view kBootIdPath = "/proc/sys/kernel/random/boot_id";
-
-std::unexpected<Error> failed(int errno_value, std::string_view operation, std::string_view path) {
-    return std::unexpected(Error::from_errno(errno_value, fmt::format("{} {}", operation, path)));
-}
 
 bool is_transfer(OperationKind kind) {
     return kind == OperationKind::kRead || kind == OperationKind::kReadNoWait ||

@@ -15,8 +15,6 @@
 namespace stellarium::io {
 namespace {
 
-constexpr uint64_t kPageBytes = SparsePages::kPageBytes;
-
 [[noreturn]] void stop(const char* what) {
     std::perror(what);
     std::abort();

@@ -20,6 +20,7 @@
 namespace stellarium::io {
 
 inline constexpr uint64_t kSectorBytes = 512;
+inline constexpr uint64_t kPageBytes = SparsePages::kPageBytes;
 
 /// SplitMix64 (Steele, Lea, Flood 2014): small, and any two seeds give unrelated sequences.
 class SplitMix64 {

@@ -9,12 +9,7 @@
 namespace stellarium::nebula {
 namespace {
 
-constexpr size_t kSealBytes = 16;
 constexpr std::string_view kWhat = "dead map";
-
-void append_bytes(std::vector<std::byte>& out, Bytes bytes) {
-    out.insert(out.end(), bytes.begin(), bytes.end());
-}
 
 void append_places(std::vector<std::byte>& out, const std::vector<EntryPlace>& places) {
     for (const EntryPlace place : places) {

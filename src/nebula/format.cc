@@ -10,7 +10,6 @@ namespace stellarium::nebula {
 namespace {
 
 /// Every sealed header starts with magic and checksum; the checksum covers what follows them.
-constexpr size_t kSealBytes = 16;
 
 std::unexpected<Error> corrupt(std::string message) {
     return fail(ErrorCode::kCorrupt, std::move(message));
@@ -71,10 +70,6 @@ std::span<const T> array_of(Bytes bytes, size_t count) {
     static_assert(alignof(T) == 1 && std::is_trivially_copyable_v<T>);
     assert(bytes.size() >= count * sizeof(T));
     return {reinterpret_cast<const T*>(bytes.data()), count};
-}
-
-void append_bytes(std::vector<std::byte>& out, Bytes bytes) {
-    out.insert(out.end(), bytes.begin(), bytes.end());
 }
 
 /// Entries must be of known kinds, within [first_page, end_page), in order and must not overlap,

@@ -46,6 +46,9 @@ inline constexpr uint64_t kKnownFeaturesReadOnly = 0;
 /// In the first word of the superblock: there is a dead map, and parts of segments are gone.
 inline constexpr uint64_t kFeatureDeadMap = 1;
 
+/// Of the formats that start with magic and checksum: what the checksum does not cover.
+inline constexpr size_t kSealBytes = 16;
+
 inline constexpr uint64_t kSuperblockMagic = 0x00505553'524C5453;     // "STLRSUP\0"
 inline constexpr uint64_t kSegmentHeaderMagic = 0x00474553'524C5453;  // "STLRSEG\0"
 inline constexpr uint64_t kBatchMagic = 0x00484342'524C5453;          // "STLRBCH\0"

@@ -314,10 +314,6 @@ Result<uint64_t> decode_present(Reader& reader, NodeMagic magic, uint32_t level,
     return present;
 }
 
-uint64_t leaves_below(uint32_t level) {
-    return uint64_t{1} << (kFanoutBits * level);
-}
-
 void put_inner_header(Writer& writer, NodeMagic magic, uint32_t level, uint64_t present,
                       size_t children) {
     assert(level >= 1 && level <= kTreeLevels && children > 0);

@@ -64,9 +64,6 @@ struct DeltaNode {
 inline uint32_t child_shift(uint32_t level) {
     return kFanoutBits * (level - 1);
 }
-inline uint64_t leaves_below(uint32_t level) {
-    return uint64_t{1} << (kFanoutBits * level);
-}
 
 /// One node, or two of the same name.
 bool same_node(const DeltaNode& a, const DeltaNode& b);

@@ -50,6 +50,10 @@ inline constexpr uint32_t kFanoutBits = 6;
 inline constexpr uint32_t kFanout = 1U << kFanoutBits;
 inline constexpr uint32_t kTreeLevels = 5;  ///< 64^5 leaves of 2 MiB: 2 PiB.
 inline constexpr uint64_t kMaxLeaves = uint64_t{1} << (kFanoutBits * kTreeLevels);
+/// The leaves that one node of `level` covers.
+constexpr uint64_t leaves_below(uint32_t level) {
+    return uint64_t{1} << (kFanoutBits * level);
+}
 static_assert(kPagesPerLeaf == nebula::kLeafPages && kMaxLeaves == uint64_t{1} << 30);
 
 /// One run of pages of a leaf. In a leaf: mapped only. In a delta: mapped or hole.
