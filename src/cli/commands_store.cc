@@ -177,10 +177,10 @@ Result<Json> call_and_watch(Context& context, Progress& progress, const std::str
     const std::unique_ptr<control::ControlClient> second = context.session()->second_client();
     std::future<Result<Json>> answer =
         std::async(std::launch::async, [&] { return client->call("POST", target, request); });
-    bool cancelled = false;
     while (second && answer.wait_for(kWatchEvery) != std::future_status::ready) {
-        if (interrupted() && !cancelled) {
-            cancelled = second->call("DELETE", target).has_value();
+        if (interrupted()) {
+            // Again and again: the first may have come before what it should stop.
+            (void)second->call("DELETE", target);
         }
         if (const Result<Json> state = second->call("GET", target);
             state && bool_field(*state, "running")) {
