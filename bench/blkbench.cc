@@ -8,6 +8,12 @@
 //     stellarium-blkbench a.sock b.sock --pattern sequential --block-size 64KiB --read-percent 0
 //     stellarium-blkbench vm1.sock --read-percent 50 --flush-every 32 --verify --requests 100000
 //
+// Every page that is written is unlike any other, unless --content repeated asks for the same few
+// again and again, which a store with dedup hardly has to write.
+//
+// --replay FILE reads what FILE lists, a line "OFFSET LENGTH" in bytes for each request, in this
+// order and once, with --depth of them in flight: what a guest read as it booted, say.
+//
 // --verify keeps in mind what was last written to each block of the span, checks every read against
 // it, and reads everything that was written once more at the end.
 
@@ -17,6 +23,7 @@
 #include <cassert>
 #include <chrono>
 #include <cstring>
+#include <fstream>
 #include <memory>
 #include <random>
 #include <string>
@@ -55,11 +62,19 @@ struct Options {
     unsigned discard_every = 0;
     double seconds = 5;
     uint64_t requests = 0;
-    uint64_t seed = 1;
+    uint64_t seed = 0;
     bool verify = false;
     bool spin = false;
     bool json = false;
     bool huge_pages = false;
+    std::string content = "unique";
+    std::string replay;
+    /// What --replay lists; empty without.
+    struct Piece {
+        uint64_t offset_bytes;
+        uint32_t length_bytes;
+    };
+    std::vector<Piece> pieces;
 };
 
 /// Counts of durations in buckets 3 % wide: 32 for each power of two.
@@ -192,7 +207,7 @@ class Lane {
                         ? Clock::time_point::max()
                         : begin + std::chrono::duration_cast<Clock::duration>(
                                       std::chrono::duration<double>(options_.seconds));
-        while (drive(&Lane::next_of_load)) {
+        while (drive(options_.pieces.empty() ? &Lane::next_of_load : &Lane::next_of_replay)) {
         }
         totals_.seconds = std::chrono::duration<double>(Clock::now() - begin).count();
         if (options_.verify && totals_.errors == 0) {
@@ -210,6 +225,8 @@ class Lane {
         std::unique_ptr<BlkSlot> memory;
         Kind kind = kRead;
         uint64_t block = 0;
+        uint64_t sector = 0;
+        uint32_t bytes = 0;  ///< Of the disk; 0 for a flush.
         bool busy = false;
         Clock::time_point started;
     };
@@ -222,6 +239,19 @@ class Lane {
     };
 
     Result<void> choose_span(uint64_t capacity_bytes) {
+        for (const Options::Piece& piece : options_.pieces) {
+            if (piece.offset_bytes > capacity_bytes ||
+                piece.length_bytes > capacity_bytes - piece.offset_bytes) {
+                return fail(ErrorCode::kInvalidArgument,
+                            fmt::format("{}: the disk of {} bytes ends before offset {}, which {} "
+                                        "reads",
+                                        socket_, capacity_bytes,
+                                        piece.offset_bytes + piece.length_bytes, options_.replay));
+            }
+        }
+        if (!options_.pieces.empty()) {
+            return {};
+        }
         uint64_t room = capacity_bytes - std::min(capacity_bytes, options_.offset_bytes);
         uint64_t span = options_.span_bytes == 0 ? room : options_.span_bytes;
         blocks_ = std::min(span, room) / options_.block_bytes;
@@ -245,6 +275,8 @@ class Lane {
         if (flush_due_) {
             flush_due_ = false;
             slot.kind = kFlush;
+            slot.sector = 0;
+            slot.bytes = 0;
             return true;
         }
         slot.block = options_.pattern == "random" ? random_() % blocks_ : position_;
@@ -252,6 +284,7 @@ class Lane {
             slot.block = (slot.block + 1) % blocks_;
         }
         position_ = (slot.block + 1) % blocks_;
+        place(slot);
         BlockState& state = states_[slot.block];
         state.busy = true;
         slot.kind = random_() % 100 < options_.read_percent ? kRead : kWrite;
@@ -268,6 +301,8 @@ class Lane {
             ++state.generation;
             if (options_.verify) {
                 fill(slot.memory->data(), seed_ + slot.block, state.generation);
+            } else if (options_.content == "unique") {
+                stamp(slot.memory->data());
             }
         }
         return true;
@@ -283,7 +318,19 @@ class Lane {
         }
         slot.kind = kRead;
         slot.block = check_next_++;
+        place(slot);
         states_[slot.block].busy = true;
+        return true;
+    }
+
+    bool next_of_replay(Slot& slot) {
+        if (issued_ == options_.pieces.size()) {
+            return false;
+        }
+        const Options::Piece& piece = options_.pieces[issued_++];
+        slot.kind = kRead;
+        slot.sector = piece.offset_bytes >> vhost::kSectorShift;
+        slot.bytes = piece.length_bytes;
         return true;
     }
 
@@ -316,10 +363,9 @@ class Lane {
     void start(size_t q, Slot& slot) {
         slot.busy = true;
         slot.started = Clock::now();
-        uint32_t bytes = slot.kind == kFlush     ? 0
-                         : slot.kind == kDiscard ? static_cast<uint32_t>(sizeof(vhost::BlkRange))
-                                                 : static_cast<uint32_t>(options_.block_bytes);
-        uint64_t sector = slot.kind == kFlush || slot.kind == kDiscard ? 0 : sector_of(slot.block);
+        bool discards = slot.kind == kDiscard;
+        uint32_t bytes = discards ? static_cast<uint32_t>(sizeof(vhost::BlkRange)) : slot.bytes;
+        uint64_t sector = discards ? 0 : slot.sector;
         std::optional<uint16_t> head =
             queues_[q]->add(slot.memory->prepare(kKindTypes[slot.kind], sector, bytes));
         assert(head);  // The ring has room for every slot.
@@ -343,15 +389,15 @@ class Lane {
         auto took =
             std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - slot.started);
         totals_.latency[slot.kind].add(static_cast<uint64_t>(took.count()));
-        totals_.bytes[slot.kind] += slot.kind == kFlush ? 0 : options_.block_bytes;
+        totals_.bytes[slot.kind] += slot.bytes;
         slot.busy = false;
         --in_flight_;
         if (slot.memory->status() != vhost::kBlkStatusOk) {
             totals_.problem(totals_.errors,
-                            fmt::format("{} of block {} ended with status {}",
-                                        kKindNames[slot.kind], slot.block, slot.memory->status()));
+                            fmt::format("{} at sector {} ended with status {}",
+                                        kKindNames[slot.kind], slot.sector, slot.memory->status()));
         }
-        if (slot.kind == kFlush) {
+        if (slot.kind == kFlush || !options_.pieces.empty()) {
             return;
         }
         BlockState& state = states_[slot.block];
@@ -402,6 +448,11 @@ class Lane {
         return false;
     }
 
+    void place(Slot& slot) const {
+        slot.sector = sector_of(slot.block);
+        slot.bytes = static_cast<uint32_t>(options_.block_bytes);
+    }
+
     uint64_t sector_of(uint64_t block) const {
         return (options_.offset_bytes + block * options_.block_bytes) >> vhost::kSectorShift;
     }
@@ -413,6 +464,16 @@ class Lane {
             word += 0x94D049BB133111EB;
         }
     }
+
+    /// Makes each page unlike any that was written before, at the cost of one word a page.
+    void stamp(MutableBytes into) {
+        for (size_t at = 0; at + 8 <= into.size(); at += kPageBytes) {
+            uint64_t word = random_();
+            std::memcpy(into.data() + at, &word, 8);
+        }
+    }
+
+    static constexpr size_t kPageBytes = 4096;
 
     const Options& options_;
     std::string socket_;
@@ -440,7 +501,7 @@ double micros(uint64_t ns) {
     return static_cast<double>(ns) / 1000.0;
 }
 
-void print_text(const Totals& all) {
+void print_text(const Options& options, const Totals& all) {
     fmt::print("{:<8} {:>10} {:>10} {:>9} {:>9} {:>9} {:>9} {:>9} {:>10}\n", "", "requests",
                "per second", "MiB/s", "mean us", "p50", "p99", "p99.9", "max");
     for (size_t kind = 0; kind < kKinds; ++kind) {
@@ -455,8 +516,8 @@ void print_text(const Totals& all) {
             micros(h.mean_ns()), micros(h.percentile_ns(0.5)), micros(h.percentile_ns(0.99)),
             micros(h.percentile_ns(0.999)), micros(h.max_ns()));
     }
-    fmt::print("errors {}  mismatches {}  seconds {:.3f}\n", all.errors, all.mismatches,
-               all.seconds);
+    fmt::print("errors {}  mismatches {}  seconds {:.3f}  seed {}\n", all.errors, all.mismatches,
+               all.seconds, options.seed);
 }
 
 void print_json(const Options& options, const Totals& all) {
@@ -465,7 +526,8 @@ void print_json(const Options& options, const Totals& all) {
         {"queues", options.queues},
         {"depth", options.depth},
         {"block_bytes", options.block_bytes},
-        {"pattern", options.pattern},
+        {"pattern", options.pieces.empty() ? options.pattern : "replay"},
+        {"seed", options.seed},
         {"read_percent", options.read_percent},
         {"seconds", all.seconds},
         {"errors", all.errors},
@@ -521,7 +583,34 @@ Result<Totals> run_all(const Options& options) {
     return all;
 }
 
+/// Also makes the buffers as long as the longest request.
+Result<void> read_pieces(Options& options) {
+    std::ifstream file(options.replay);
+    if (!file) {
+        return fail(ErrorCode::kNotFound, fmt::format("{} cannot be opened", options.replay));
+    }
+    Options::Piece piece{};
+    while (file >> piece.offset_bytes >> piece.length_bytes) {
+        if (piece.offset_bytes % vhost::kSectorBytes != 0 || piece.length_bytes == 0 ||
+            piece.length_bytes % vhost::kSectorBytes != 0 || piece.length_bytes > 64 * kMiB) {
+            break;
+        }
+        options.pieces.push_back(piece);
+        options.block_bytes = std::max<uint64_t>(options.block_bytes, piece.length_bytes);
+    }
+    if (!file.eof() || options.pieces.empty()) {
+        return fail(ErrorCode::kInvalidArgument,
+                    fmt::format("{}: request {} is not an offset and a length in bytes, multiples "
+                                "of 512, the length at most 64MiB",
+                                options.replay, options.pieces.size() + 1));
+    }
+    return {};
+}
+
 Result<void> parse_sizes(Options& options) {
+    if (!options.replay.empty()) {
+        return read_pieces(options);
+    }
     STELLARIUM_ASSIGN(options.block_bytes, parse_size(options.block_size));
     STELLARIUM_ASSIGN(options.offset_bytes, parse_size(options.offset));
     if (!options.span.empty()) {
@@ -556,8 +645,16 @@ int run(int argc, char** argv) {
     app.add_option("--seconds", options.seconds, "How long to run");
     app.add_option("--requests", options.requests,
                    "How many requests to each socket, instead of --seconds");
-    app.add_option("--seed", options.seed, "Of the random choices");
-    app.add_flag("--verify", options.verify, "Check what is read against what was written");
+    app.add_option(
+        "--seed", options.seed,
+        "Of the random choices and contents; 0: another one each time, which is reported");
+    app.add_option("--content", options.content,
+                   "unique: no page is like another; repeated: the same pages again and again")
+        ->check(CLI::IsMember({"unique", "repeated"}));
+    CLI::Option* replay =
+        app.add_option("--replay", options.replay, "Read what this file lists, in order, once");
+    app.add_flag("--verify", options.verify, "Check what is read against what was written")
+        ->excludes(replay);
     app.add_flag("--spin", options.spin, "Look for completions all the time, without calls");
     app.add_flag("--huge-pages", options.huge_pages, "Guest memory on 2 MiB pages");
     app.add_flag("--json", options.json, "Report as JSON");
@@ -567,6 +664,10 @@ int run(int argc, char** argv) {
         return app.exit(error) == 0 ? 0 : error_mapping(ErrorCode::kInvalidArgument).exit_code;
     }
 
+    while (options.seed == 0) {
+        std::random_device device;
+        options.seed = (uint64_t{device()} << 32) | device();
+    }
     Result<Totals> totals = [&]() -> Result<Totals> {
         STELLARIUM_TRY(parse_sizes(options));
         return run_all(options);
@@ -578,7 +679,7 @@ int run(int argc, char** argv) {
     if (options.json) {
         print_json(options, *totals);
     } else {
-        print_text(*totals);
+        print_text(options, *totals);
     }
     return totals->errors + totals->mismatches == 0 ? 0 : 1;
 }

@@ -54,6 +54,34 @@ with tempfile.TemporaryDirectory() as folder:
                                      "--depth", 4, "--requests", 500)
         check(code == 0 and report["read"]["requests"] == 500, f"sequential reads: {errors}")
 
+        def pages_after_writing(*options):
+            code, _, errors = bench(sockets[0], "--pattern", "sequential", "--block-size", "64KiB",
+                                    "--depth", 1, "--read-percent", 0, "--requests", 16, *options)
+            check(code == 0, f"sequential writes: {errors}")
+            written = disk.read_bytes()[:1 << 20]
+            return {written[at:at + 4096] for at in range(0, len(written), 4096)}
+
+        unique = pages_after_writing()
+        check(len(unique) == 256, f"{len(unique)} of 256 pages are unlike any other")
+        check(not unique & pages_after_writing(), "another run writes others")
+        seeded = pages_after_writing("--seed", 5)
+        check(seeded == pages_after_writing("--seed", 5), "and with the same seed the same")
+        repeated = pages_after_writing("--content", "repeated")
+        check(len(repeated) == 16, f"one block again and again has {len(repeated)} pages, not 16")
+
+        reads = Path(folder) / "reads"
+        reads.write_text("0 4096\n1048576 65536\n512 512\n")
+        code, report, errors = bench(*sockets, "--replay", reads, "--depth", 2)
+        check(code == 0, f"the list is read: {errors}")
+        check(report["read"]["requests"] == 6 and report["read"]["bytes"] == 2 * 70144,
+              f"all of it once from each disk: {report['read']}")
+        reads.write_text("0 4096\n4096 100\n")
+        code, _, errors = bench(sockets[0], "--replay", reads)
+        check(code != 0 and "request 2" in errors, f"a length of no whole sectors: {errors}")
+        reads.write_text(f"0 4096\n{32 << 20} 512\n")
+        code, _, errors = bench(sockets[0], "--replay", reads)
+        check(code != 0 and "ends before" in errors, f"a read beyond the disk: {errors}")
+
         code, _, errors = bench(sockets[0], "--span", "1GiB")
         check(code != 0 and "do not hold" in errors, "a span beyond the disk is refused")
         code, _, errors = bench(Path(folder) / "none")
