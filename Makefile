@@ -11,8 +11,8 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 
 .DEFAULT_GOAL := build
-.PHONY: help deps build test test-only lint format asan tsan fuzz demo crash bench bench-smoke \
-        install package package-test clean
+.PHONY: help deps build test test-only lint format asan tsan fuzz demo crash \
+        bench bench-smoke bench-micro install package package-test clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,10 +65,20 @@ demo: ## The main job on real input: import, 1,000 clones, two guests in QEMU
 	@scripts/build.sh release
 	@scripts/demo.py
 
-bench: ## Benchmarks beside the tools that people use today
+bench: ## Benchmarks beside the tools that people use today; ONLY=REGEX picks some
 	@scripts/install-deps.sh build test bench
 	@scripts/build.sh release
-	@scripts/bench.sh
+	@bench/suite/run.py $(if $(ONLY),--only '$(ONLY)')
+
+bench-smoke: ## A short run of the benchmarks; fails only far beyond a target
+	@scripts/install-deps.sh build test bench
+	@scripts/build.sh release
+	@bench/suite/run.py --smoke $(if $(ONLY),--only '$(ONLY)')
+
+bench-micro: ## The inner loops alone; T=REGEX picks some programs
+	@scripts/install-deps.sh build bench
+	@scripts/build.sh release
+	@scripts/bench.sh '$(T)'
 
 install: ## Install into PREFIX (default /usr/local) below DESTDIR
 	@scripts/install-deps.sh build

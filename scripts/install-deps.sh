@@ -33,8 +33,7 @@ SETS[demo]="
     python3"
 
 SETS[bench]="
-    qemu-utils qemu-system-common fio xfsprogs btrfs-progs casync borgbackup restic nbdkit
-    libnbd-bin python3"
+    qemu-utils qemu-system-common xfsprogs casync borgbackup restic python3 python3-matplotlib"
 
 SETS[package]="dpkg-dev fakeroot file mmdebstrap"
 

@@ -1,0 +1,781 @@
+"""What is measured: each function makes one scenario of docs/benchmarks.md out of a Bench.
+
+The sizes come from `Bench.small`: a smoke run uses little data, to show that everything still
+works. What a function needs and the machine may lack is looked for when a variant runs, so that
+only this variant is left out (measure.Unavailable).
+"""
+import hashlib
+import json
+import os
+import re
+import shutil
+import statistics
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import guests
+import peers
+import served
+from engine import Engine
+from measure import Scenario, Target, Together, Unavailable
+
+KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+PAGE = 4096
+P99 = ", 99th percentile"
+
+
+class Bench:
+    """Programs, work folder and images of one scenario. Whoever made `work` removes it."""
+
+    def __init__(self, build, work, small):
+        self.build = build
+        self.work = work
+        self.small = small
+        self.blkbench = build / "bench/stellarium-blkbench"
+        self.stack = ExitStack()
+        self.made = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *details):
+        return self.stack.__exit__(*details)
+
+    def once(self, name, make):
+        """Something that is made at the first use and kept for the run."""
+        if name not in self.made:
+            self.made[name] = make()
+        return self.made[name]
+
+    def image(self, name="debian"):
+        """A real Debian image; in a smoke run, its first part."""
+        def make():
+            image = guests.image(name, *guests.IMAGES[name])
+            if not self.small:
+                return image
+            part = self.work / f"{name}-part.raw"
+            with open(image, "rb") as source:
+                part.write_bytes(source.read(64 * MIB))
+            return part
+        return self.once(f"image {name}", make)
+
+    def whole_image(self):
+        """Not cut short in a smoke run either: it boots."""
+        return guests.image("debian", *guests.IMAGES["debian"])
+
+    def random_file(self, size_bytes):
+        """A file of random bytes: the disk of the block scenarios."""
+        def make():
+            path = self.work / f"random-{size_bytes}.raw"
+            with open(path, "wb") as file:
+                for _ in range(size_bytes // MIB):
+                    file.write(os.urandom(MIB))
+            return path
+        return self.once(f"random file of {size_bytes}", make)
+
+    def archives(self):
+        return self.once("archives", lambda: {
+            "stellarium": peers.Stellarium(self.work, "stellarium", self.build),
+            "cp": peers.Cp(self.work, "cp"),
+            "casync": peers.Casync(self.work, "casync"),
+            "borg": peers.Borg(self.work, "borg"),
+            "borg fixed": peers.Borg(self.work, "borg-fixed", fixed=True),
+            "restic": peers.Restic(self.work, "restic"),
+        })
+
+    def stored(self, name, image):
+        """The archive `name`, which holds `image` as `first`."""
+        def make():
+            archive = self.archives()[name]
+            archive.clear()
+            archive.put("first", image)
+            return archive
+        return self.once(f"stored in {name}", make)
+
+    def daemon(self):
+        """A daemon on a store that holds the random disk as the image `base`."""
+        def make():
+            engine = self.stack.enter_context(Engine(self.build))
+            engine.run("init")
+            engine.run("image", "import", "base", self.random_file(self.disk_bytes()))
+            return self.stack.enter_context(served.Ours(engine))
+        return self.once("daemon", make)
+
+    def disk_bytes(self):
+        return 64 * MIB if self.small else GIB
+
+    def seconds(self):
+        return 0.5 if self.small else 4
+
+
+CONTENT_CUT = ("casync", "borg", "restic")
+
+
+def fastest_content_cut(medians):
+    """Of those that are installed here; KeyError without any."""
+    return min([medians[name] for name in CONTENT_CUT if name in medians] or [medians["casync"]])
+
+
+def numbered(prefix):
+    """A function that gives another name at each call."""
+    turn = iter(range(1 << 30))
+    return lambda: f"{prefix}{next(turn)}"
+
+
+# --- Storing whole images -------------------------------------------------------------------------
+
+
+def import_new(bench):
+    image = bench.image()
+
+    def run(archive):
+        def once():
+            archive.clear()
+            return archive.timed_put("new", image)
+        return once
+    return Scenario(
+        "import-new", "Import of a new raw image", "s",
+        {name: run(archive) for name, archive in bench.archives().items()},
+        [Target("at least 8 x the fastest that cuts by content", 8,
+                lambda m: fastest_content_cut(m) / m["stellarium"], smoke_bound=4),
+         Target("at least 0.6 x the rate of cp --sparse=always", 0.6,
+                lambda m: m["cp"] / m["stellarium"])],
+        note="Into an empty store each time; the image is in the page cache; synced.")
+
+
+def import_again(bench):
+    image = bench.image()
+    again = numbered("again-")
+
+    def run(name):
+        return lambda: bench.stored(name, image).timed_put(again(), image)
+    return Scenario(
+        "import-again", "Import of an image that is already stored", "s",
+        {name: run(name) for name in bench.archives()},
+        [Target("at least 10 x the fastest that cuts by content", 10,
+                lambda m: fastest_content_cut(m) / m["stellarium"], smoke_bound=5),
+         Target("at least 4 x borg's fixed mode", 4, lambda m: m["borg fixed"] / m["stellarium"]),
+         Target("at least 1.0 x cp", 1.0, lambda m: m["cp"] / m["stellarium"])],
+        note="All bytes are read and hashed again; cp writes a second file.")
+
+
+def export(bench):
+    image = bench.image()
+
+    def run(name):
+        return lambda: bench.stored(name, image).timed_get("first", image)
+    return Scenario(
+        "export", "Export of an image to a sparse file", "s",
+        {name: run(name) for name in bench.archives()},
+        [Target("at least 5 x the fastest that cuts by content", 5,
+                lambda m: fastest_content_cut(m) / m["stellarium"], smoke_bound=2.5),
+         Target("at least 0.5 x cp", 0.5, lambda m: m["cp"] / m["stellarium"])],
+        note="restic 0.14 writes zeros where the image has holes; the others leave holes.")
+
+
+def related_images(bench):
+    images = [bench.image("debian"), bench.image("debian-rebuilt")]
+
+    def bare():
+        pages, zero = set(), bytes(PAGE)
+        for image in images:
+            with open(image, "rb") as file:
+                while page := file.read(PAGE):
+                    if page != zero[:len(page)]:
+                        pages.add(hashlib.blake2b(page, digest_size=16).digest())
+        return len(pages) * PAGE
+
+    def ours():
+        archive = peers.Stellarium(bench.work, "related", bench.build)
+        archive.clear()
+        for number, image in enumerate(images):
+            archive.put(f"image-{number}", image)
+        store = archive.folder / "store"
+        return peers.allocated_bytes(store) - peers.allocated_bytes(store / "reserve")
+    return Scenario(
+        "related-images", "Bytes on disk for two related images", "bytes",
+        {"stellarium": ours, "bare 4 KiB pages": bare},
+        [Target("at most 1.08 x the bare bytes of fixed 4 KiB dedup", 1.08,
+                lambda m: m["stellarium"] / m["bare 4 KiB pages"], at_most=True)],
+        note="Everything in the store's folder counts, but for the reserve that a full disk needs, "
+             "whose size does not depend on what is stored; of the peer only the pages.")
+
+
+# --- Clones and snapshots -------------------------------------------------------------------------
+
+
+def clones(bench):
+    count = 1000
+    processes = 20 if bench.small else count  # Of qemu-img, which takes as long for each of them.
+    base = bench.random_file(bench.disk_bytes())
+    prefix = numbered("c")
+
+    def store():
+        archive = peers.Stellarium(bench.work, "clones", bench.build)
+        archive.clear()
+        archive.put("base", base)
+        return archive
+
+    def ours():
+        archive = bench.once("store for clones", store)
+        return peers.timed(archive.folder, lambda: archive.run(
+            "volume", "clone", "base", prefix() + "-{n}", "--count", count)) / count
+
+    def qemu_img():
+        folder = peers.fresh(bench.work / "overlays")
+        return peers.timed(folder, lambda: [
+            peers.run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", base,
+                      folder / f"{number}.qcow2") for number in range(processes)]) / processes
+
+    def volume():
+        xfs = bench.stack.enter_context(peers.XfsVolume(bench.work, 2 * GIB + bench.disk_bytes()))
+        shutil.copyfile(base, xfs / "base")
+        return xfs
+
+    def ficlone():
+        xfs = bench.once("xfs", volume)
+        out = peers.fresh(xfs / "clones")
+        return peers.timed(xfs, lambda: peers.ficlone_many(xfs / "base", out, count)) / count
+    return Scenario(
+        "clones", "Clones of one image", "s",
+        {"stellarium": ours, "qemu-img create -b": qemu_img, "FICLONE on XFS": ficlone},
+        [Target("at least 50 x qemu-img create -b", 50,
+                lambda m: m["qemu-img create -b"] / m["stellarium"]),
+         Target("at least 3 x FICLONE on XFS", 3, lambda m: m["FICLONE on XFS"] / m["stellarium"])],
+        note=f"{count:,} clones, durable; seconds for each. Ours by one command, FICLONE by one "
+             f"process and one syncfs, {processes:,} by a qemu-img each.")
+
+
+def clone_bytes(bench):
+    count = 1000
+    ours = bench.daemon()
+    prefix = numbered("b")
+
+    def appended(names):
+        before = ours.stats()["appended_bytes"]
+        ours.clone("base", *names)
+        return (ours.stats()["appended_bytes"] - before) / len(names)
+
+    def many():
+        name = prefix()
+        return appended([f"{name}-{number}" for number in range(count)])
+    return Scenario(
+        "clone-bytes", "Bytes of log for a clone", "bytes",
+        {f"one of {count:,}": many, "single": lambda: appended([prefix()])},
+        [Target("at most 256 bytes each", 256, lambda m: m[f"one of {count:,}"], at_most=True),
+         Target("at most 8 KiB of log for a single one", 8 * KIB, lambda m: m["single"],
+                at_most=True)])
+
+
+def single_clone(bench):
+    ours = bench.daemon()
+    name = numbered("s")
+    count = 20 if bench.small else 200
+
+    def clone():
+        nothing = statistics.median(ours.api.call("GET", "/v1/version")[1] for _ in range(count))
+        return statistics.median(ours.clone("base", name()) for _ in range(count)) - nothing
+
+    def fdatasync():
+        path = ours.engine.work / "sync-probe"
+        times = []
+        with open(path, "wb", buffering=0) as file:
+            for _ in range(count):
+                file.write(os.urandom(PAGE))
+                begin = time.monotonic()
+                os.fdatasync(file.fileno())
+                times.append(time.monotonic() - begin)
+        path.unlink()
+        return statistics.median(times)
+    return Scenario(
+        "single-clone", "One durable clone in a running daemon", "s",
+        {"stellarium": clone, "fdatasync of 4 KiB appended": fdatasync},
+        [Target("at most 2 x one fdatasync", 2,
+                lambda m: m["stellarium"] / m["fdatasync of 4 KiB appended"], at_most=True)],
+        note="Less the time of a request that does nothing.")
+
+
+def snapshot_scale(bench):
+    ours = bench.daemon()
+    name = numbered("t")
+    depth = 50 if bench.small else 10000
+    count = 20 if bench.small else 200
+    for volume, size_bytes in (("one-gib", GIB), ("ten-tib", 10 * TIB), ("deep", GIB)):
+        ours.api.call("POST", "/v1/volumes", {"name": volume, "size_bytes": size_bytes})
+    for number in range(depth):
+        ours.api.call("POST", "/v1/volumes/deep/snapshots", {"name": f"d{number}"})
+    ours.clone("base", "written")
+    socket = ours.attach("written")
+
+    def snapshot(volume):
+        snapshots = f"/v1/volumes/{volume}/snapshots"
+        taken = name()
+        seconds = ours.api.call("POST", snapshots, {"name": taken})[1]
+        ours.api.call("DELETE", f"{snapshots}/{taken}")
+        return seconds
+
+    def snapshots_of(volume):
+        return lambda: statistics.median(snapshot(volume) for _ in range(count))
+
+    def after_writes():
+        served.load(bench.blkbench, [socket], "--pattern", "sequential", "--block-size", "1MiB",
+                    "--read-percent", 0, "--depth", 4, "--requests", mib + 1, "--flush-every", mib)
+        return snapshot("written")
+
+    def snapshots_after_writes():
+        return statistics.median(after_writes() for _ in range(5 if bench.small else 1))
+    mib = 16 if bench.small else 1024
+    written = f"after {mib:,} MiB of writes"
+    deep = f"behind {depth:,} snapshots"
+    return Scenario(
+        "snapshot-scale", "A snapshot of a small, a large, a deep and a busy volume", "s",
+        {"1 GiB": snapshots_of("one-gib"), "10 TiB": snapshots_of("ten-tib"),
+         deep: snapshots_of("deep"), written: snapshots_after_writes},
+        [Target("10 TiB within noise of 1 GiB", 1.25, lambda m: m["10 TiB"] / m["1 GiB"],
+                at_most=True),
+         Target(f"depth {depth:,} within noise of depth 1", 1.25, lambda m: m[deep] / m["1 GiB"],
+                at_most=True),
+         Target("after writes within noise of before", 1.25, lambda m: m[written] / m["1 GiB"],
+                at_most=True, smoke_bound=3)],
+        note=f"Median of {count} in a row, each removed again; after flushed writes, the "
+             f"first one alone.")
+
+
+# --- Serving guests -------------------------------------------------------------------------------
+
+
+def pass_over(bench, socket, *options):
+    """The whole disk once, in order."""
+    served.load(bench.blkbench, [socket], "--pattern", "sequential", "--block-size", "1MiB",
+                "--depth", 4, "--requests", bench.disk_bytes() // MIB, *options)
+
+
+class BlockLoad:
+    """One load on each back-end's disk: a clone of ours, a raw file, a qcow2 file over a raw one.
+
+    `figures` are functions of the load's report, by what their variants' names end with; all of
+    them are taken from one run. `prepare(socket)` comes before the load, for all alike; with `aged`
+    our store has had the disk written twice over, and collected, before.
+    """
+
+    def __init__(self, bench, figures, *options, prepare=None, aged=False):
+        self.bench = bench
+        self.figures = figures
+        self.options = options
+        self.prepare = prepare
+        self.aged = aged
+        self.base = bench.random_file(bench.disk_bytes())
+        self.folder = bench.work / "served"
+        self.folder.mkdir(exist_ok=True)
+        self.name = numbered("load-")
+
+    def variants(self):
+        runs = {"stellarium": Together(self.ours), "raw": Together(self.raw),
+                "qcow2 with backing file": Together(self.qcow2)}
+        return {name + suffix: run.variant(suffix)
+                for suffix in self.figures for name, run in runs.items()}
+
+    def report(self, socket):
+        if self.prepare is not None:
+            self.prepare(socket)
+        peers.sync_file_system(self.bench.work)
+        report = served.load(self.bench.blkbench, [socket], *self.options)
+        return {suffix: figure(report) for suffix, figure in self.figures.items()}
+
+    def ours(self):
+        daemon = self.bench.daemon()
+        name = self.name()
+        daemon.clone("base", name)
+        try:
+            socket = daemon.attach(name)
+            if self.aged:  # The second pass makes dead space of the first.
+                for _ in range(2):
+                    pass_over(self.bench, socket, "--read-percent", 0, "--flush-every", 64)
+                daemon.engine.run("gc")
+            return self.report(socket)
+        finally:
+            daemon.drop(name)
+
+    def raw(self):
+        disk = self.bench.once(
+            "raw disk", lambda: Path(shutil.copyfile(self.base, self.folder / "disk.raw")))
+        peers.read_whole(disk)
+        with served.QemuStorageDaemon.one(self.folder / "raw.sock", disk, "raw") as server:
+            return self.report(server.sockets[0])
+
+    def qcow2(self):
+        overlay = self.folder / "overlay.qcow2"
+        overlay.unlink(missing_ok=True)
+        peers.read_whole(self.base)
+        peers.run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", self.base, overlay)
+        with served.QemuStorageDaemon.one(self.folder / "q.sock", overlay, "qcow2") as server:
+            return self.report(server.sockets[0])
+
+
+def random_read(bench, depth):
+    load = BlockLoad(bench, {"": lambda report: report["read"]["requests_per_second"],
+                             P99: lambda report: report["read"]["latency_us"]["p99"]},
+                     "--depth", depth, "--seconds", bench.seconds(),
+                     prepare=lambda socket: pass_over(bench, socket))
+    variants = load.variants()
+    return Scenario(
+        f"random-read-{depth}", f"4 KiB random read, warm, depth {depth}", "IOPS", variants,
+        [Target("at least 1.5 x raw", 1.5, lambda m: m["stellarium"] / m["raw"]),
+         Target("at least 1.5 x qcow2 with a backing file", 1.5,
+                lambda m: m["stellarium"] / m["qcow2 with backing file"]),
+         Target("99th percentile at most 1 x raw's", 1,
+                lambda m: m["stellarium" + P99] / m["raw" + P99], at_most=True)],
+        units={name: "us" for name in variants if name.endswith(P99)},
+        note="The whole disk has been read once before.")
+
+
+def random_write(bench, aged):
+    where = "aged" if aged else "fresh"
+    bound = 1.0 if aged else 0.7
+    load = BlockLoad(bench, {"": lambda report: report["write"]["requests_per_second"]},
+                     "--depth", 32, "--read-percent", 0, "--flush-every", 32, "--seconds",
+                     bench.seconds(), aged=aged)
+    return Scenario(
+        f"random-write-{where}", f"4 KiB random write, depth 32, a flush each 32, {where} store",
+        "IOPS", load.variants(),
+        [Target(f"at least {bound} x raw", bound, lambda m: m["stellarium"] / m["raw"]),
+         Target("at least 2 x qcow2 with a backing file", 2,
+                lambda m: m["stellarium"] / m["qcow2 with backing file"])],
+        note="Every page written is unlike any other.")
+
+
+def sequential(bench, what):
+    requests = bench.disk_bytes() // MIB
+    options = {
+        "read": ("--read-percent", 100),
+        "write-unique": ("--read-percent", 0, "--flush-every", requests),
+        "write-duplicate": ("--read-percent", 0, "--flush-every", requests,
+                            "--content", "repeated"),
+    }[what]
+    bound = 1.5 if what == "write-duplicate" else 0.9
+    reads = what == "read"
+    key = "read" if reads else "write"
+    load = BlockLoad(bench, {"": lambda report: report[key]["bytes"] / report["seconds"] / 1e6},
+                     "--pattern", "sequential", "--block-size", "1MiB", "--depth", 4,
+                     "--requests", requests + (not reads), *options,
+                     prepare=(lambda socket: pass_over(bench, socket)) if reads else None)
+    return Scenario(
+        f"sequential-{what}", f"Sequential 1 MiB, depth 4, {what.replace('-', ' ')}", "MB/s",
+        load.variants(),
+        [Target(f"at least {bound} x raw", bound, lambda m: m["stellarium"] / m["raw"],
+                smoke_bound=0.3 if what == "write-unique" else None)],
+        note="The whole disk once, warm." if reads else "The whole disk once, then a flush.")
+
+
+def overwrite_bytes(bench):
+    data = (1 if bench.small else 10) * MIB
+    base = bench.random_file(bench.disk_bytes())
+    folder = bench.work / "served"
+    folder.mkdir(exist_ok=True)
+    options = ("--read-percent", 0, "--depth", 32, "--requests", data // PAGE + 1,
+               "--flush-every", data // PAGE)
+
+    def ours():
+        daemon = bench.daemon()
+        name = f"over-{os.urandom(4).hex()}"
+        daemon.clone("base", name)
+        socket = daemon.attach(name)
+        before = daemon.stats()["appended_bytes"]
+        served.load(bench.blkbench, [socket], *options)
+        after = daemon.stats()["appended_bytes"]
+        daemon.drop(name)
+        return (after - before) / data
+
+    def qcow2(extended):
+        def once():
+            overlay = folder / "over.qcow2"
+            layout = "extended_l2=on,cluster_size=128k" if extended else "cluster_size=64k"
+            peers.run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", base,
+                      "-o", layout, overlay)
+            empty = peers.allocated_bytes(overlay)
+            with served.QemuStorageDaemon.one(folder / "over.sock", overlay, "qcow2") as server:
+                served.load(bench.blkbench, server.sockets, *options)
+            peers.sync_file_system(folder)
+            bytes_on_disk = peers.allocated_bytes(overlay) - empty
+            overlay.unlink()
+            return bytes_on_disk / data
+        return once
+    return Scenario(
+        "overwrite-bytes",
+        f"Bytes on disk for {data // MIB} MiB of random 4 KiB writes into a clone",
+        "ratio", {"stellarium": ours, "qcow2": qcow2(False), "qcow2 with extended L2": qcow2(True)},
+        [Target("at most 1.10 x the data", 1.10, lambda m: m["stellarium"], at_most=True)],
+        note="Bytes for each byte written; one flush at the end.")
+
+
+def device_bytes(bench):
+    data = (8 if bench.small else 256) * MIB
+    name = numbered("device-")
+    unaligned = 5 * PAGE
+
+    def write(block, *options):
+        """A new clone, overwritten with a flush after each block; device bytes for each byte."""
+        daemon = bench.daemon()
+        clone = name()
+        daemon.clone("base", clone)
+        socket = daemon.attach(clone)
+        daemon.api.call("POST", "/v1/checkpoint")
+        before = served.process_figure(daemon.pid, "io", "write_bytes")
+        served.load(bench.blkbench, [socket], "--read-percent", 0, "--pattern", "sequential",
+                    "--block-size", block, "--depth", 1, "--requests", 2 * (data // block),
+                    "--flush-every", 1, *options)
+        daemon.api.call("POST", "/v1/checkpoint")
+        written = served.process_figure(daemon.pid, "io", "write_bytes") - before
+        daemon.drop(clone)
+        return written / data
+
+    def duplicate(block, *options):
+        """The same content was written before, by another clone, from the start of its disk."""
+        def run():
+            write(block, "--seed", block)
+            return write(block, "--seed", block, *options)
+        return run
+    mib, kib = "a flush each 1 MiB", "a flush each 64 KiB"
+    return Scenario(
+        "device-bytes", "Bytes given to the device for each byte that a guest wrote", "ratio",
+        {"unique, " + mib: lambda: write(MIB), "unique, " + kib: lambda: write(64 * KIB),
+         "duplicate, " + mib: duplicate(MIB),
+         "duplicate, aligned to nothing, " + kib: duplicate(64 * KIB, "--offset", unaligned)},
+        [Target("unique, each 1 MiB: at most 1.10", 1.10, lambda m: m["unique, " + mib],
+                at_most=True),
+         Target("unique, each 64 KiB: at most 1.25", 1.25, lambda m: m["unique, " + kib],
+                at_most=True),
+         Target("duplicate, each 1 MiB: at most 0.05", 0.05, lambda m: m["duplicate, " + mib],
+                at_most=True),
+         Target("duplicate, each 64 KiB: at most 0.35", 0.35,
+                lambda m: m["duplicate, aligned to nothing, " + kib], at_most=True)],
+        note="write_bytes of the daemon's process, a checkpoint included.")
+
+
+def group_commit(bench):
+    count = 20 if bench.small else 1000
+    daemon = bench.daemon()
+    names = [f"group-{number}" for number in range(count)]
+    daemon.clone("base", *names)
+    sockets = [daemon.attach(name) for name in names]
+
+    def run(number):
+        return lambda: served.load(
+            bench.blkbench, sockets[:number], "--read-percent", 0, "--depth", 1, "--requests", 2,
+            "--flush-every", 1)["flush"]["latency_us"]["max"]
+    return Scenario(
+        "group-commit", f"One flush with one dirty page on each of {count:,} volumes", "us",
+        {f"{count:,} volumes": run(count), "one volume": run(1)},
+        [Target("at most 8 x the time of one", 8,
+                lambda m: m[f"{count:,} volumes"] / m["one volume"], at_most=True)],
+        note="The slowest of the flushes. One thread of the load for each volume.")
+
+
+def boot_reads(bench, image):
+    """A file that lists what a guest reads of `image` as it boots; recorded once, then kept."""
+    kept = guests.cache_folder() / "bench" / f"{image.stem}-{image.stat().st_mtime_ns}.reads"
+    if kept.exists():
+        return kept
+    overlay, log = bench.work / "boot.qcow2", bench.work / "boot.log"
+    peers.run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", image, overlay)
+    with served.QemuStorageDaemon.one(bench.work / "boot.sock", overlay, "qcow2", "--trace",
+                                      f"enable=blk_co_preadv,file={log}") as server, \
+            guests.UmlGuest("boot-trace", guests.VhostUserDisk(server.sockets[0]),
+                            script="true") as guest:
+        guest.run_to_end(timeout_s=600)
+    reads = re.findall(r"blk_co_preadv .* offset (\d+) bytes (\d+)", log.read_text())
+    if not reads:
+        raise Unavailable("qemu-storage-daemon here does not trace what a guest reads")
+    new = kept.with_suffix(".new")
+    new.write_text("".join(f"{offset} {length}\n" for offset, length in reads))
+    new.rename(kept)
+    return kept
+
+
+def boot_replay(bench):
+    count = 10 if bench.small else 100
+    image = bench.whole_image()
+    name = numbered("boot-")
+
+    def replay(server, sockets, cold_files):
+        """Figures of all at once, with nothing of the files in memory, and then once more."""
+        peers.sync_file_system(bench.work)
+        for path in cold_files:
+            peers.forget(path)
+        reads = bench.once("reads", lambda: boot_reads(bench, image))
+        before = served.process_figure(server.pid, "io", "read_bytes")
+        options = ("--replay", reads, "--depth", 4)
+        cold = served.load(bench.blkbench, sockets, *options)["seconds"]
+        device = served.process_figure(server.pid, "io", "read_bytes") - before
+        return {"cold": cold, "device bytes": device,
+                "warm": served.load(bench.blkbench, sockets, *options)["seconds"]}
+
+    def ours(number):
+        def run():
+            engine = bench.once("engine", lambda: bench.stack.enter_context(Engine(bench.build)))
+            bench.once("store", lambda: (engine.run("init"),
+                                         engine.run("image", "import", "base", image)))
+            clones = [name() for _ in range(number)]
+            with served.Ours(engine) as daemon:
+                daemon.clone("base", *clones)
+                sockets = [daemon.attach(clone) for clone in clones]
+            # Another process, so that nothing is in the daemon's own memory either.
+            with served.Ours(engine) as daemon:
+                figures = replay(daemon, sockets, engine.store.rglob("*"))
+                daemon.drop(*clones)
+            return figures
+        return run
+
+    def qcow2(number):
+        def run():
+            folder = peers.fresh(bench.work / "overlays")
+            paths = [folder / f"{each}.qcow2" for each in range(number)]
+            for path in paths:
+                peers.run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", image, path)
+            with served.QemuStorageDaemon.overlays([path.with_suffix(".sock") for path in paths],
+                                                   image, paths) as server:
+                return replay(server, server.sockets, [image])
+        return run
+    figures = {f"stellarium, {count} clones": ours(count), "stellarium, one clone": ours(1),
+               f"{count} qcow2 overlays": qcow2(count), "one qcow2 overlay": qcow2(1)}
+    variants, units = {}, {}
+    for who, run in figures.items():
+        together = Together(run)
+        for what in ("cold", "warm", "device bytes"):
+            variants[f"{who}, {what}"] = together.variant(what)
+        units[f"{who}, device bytes"] = "bytes"
+    many = f"stellarium, {count} clones"
+    return Scenario(
+        "boot-replay", "What a guest reads as it boots, by many guests at once", "s", variants,
+        [Target("cold, no slower than qcow2 overlays of one base", 1,
+                lambda m: m[many + ", cold"] / m[f"{count} qcow2 overlays, cold"], at_most=True),
+         Target("device reads as those of one guest", 1.05,
+                lambda m: m[many + ", device bytes"] / m["stellarium, one clone, device bytes"],
+                at_most=True)],
+        units=units,
+        note="The reads of a User-mode Linux guest that boots from the image, recorded, in their "
+             "order, 4 in flight for each guest. Cold: nothing of the store's or the images' files "
+             "is in the page cache, and the server has just been started; warm: once more.")
+
+
+def density(bench):
+    count, connected = (100, 20) if bench.small else (10000, 2000)
+    image = bench.random_file(16 * MIB)
+    each = f"each of {count:,} clones, {connected:,} of them connected"
+    threads = "threads, beside those with one clone"
+    rate = "attached a second"
+
+    def run():
+        with Engine(bench.build) as engine:
+            engine.run("init")
+            engine.run("image", "import", "base", image)
+            with served.Ours(engine) as daemon:
+                names = [f"v{number}" for number in range(count)]
+                daemon.clone("base", *names)
+                sockets = [daemon.attach(names[0])]
+                with served.Connected(bench.blkbench, daemon, sockets):
+                    memory = served.process_figure(daemon.pid, "status", "RssAnon")
+                    threads_before = served.process_figure(daemon.pid, "status", "Threads")
+                begin = time.monotonic()
+                sockets += [daemon.attach(name) for name in names[1:]]
+                seconds = time.monotonic() - begin
+                with served.Connected(bench.blkbench, daemon, sockets[:connected]):
+                    grown = served.process_figure(daemon.pid, "status", "RssAnon") - memory
+                    threads_now = served.process_figure(daemon.pid, "status", "Threads")
+                return {each: grown / (count - 1), rate: (count - 1) / seconds,
+                        threads: threads_now / threads_before}
+    together = Together(run)
+    return Scenario(
+        "density", "Memory of the daemon for clones of one image, attached and listening", "bytes",
+        {name: together.variant(name) for name in (each, threads, rate)},
+        [Target("at most 8 KiB each beyond the first", 8 * KIB, lambda m: m[each], at_most=True,
+                smoke_bound=16 * KIB),
+         Target("no more threads than with one", 1, lambda m: m[threads], at_most=True)],
+        units={threads: "ratio", rate: "/s"},
+        note="RssAnon of the daemon, so without guests' memory, while the load generator keeps one "
+             "read in flight on each that is connected.")
+
+
+# --- The engine's layers --------------------------------------------------------------------------
+
+
+def layers(bench):
+    """Rates of the inner loops."""
+    names = {"memcpy": "memcpy", "cut": "Cut/block",
+             "BLAKE3, single pages across lanes": "Hash/across_lanes/pages:1",
+             "BLAKE3, 64 KiB across lanes": "Hash/across_lanes/pages:16"}
+
+    def rates():
+        text = peers.run(bench.build / "bench/nebula_micro_bench", "--benchmark_format=json",
+                         f"--benchmark_filter=^({'|'.join(names.values())})$",
+                         f"--benchmark_min_time={0.05 if bench.small else 0.5}")
+        measured = {each["name"]: each for each in json.loads(text)["benchmarks"]}
+        return {name: measured[benchmark]["bytes_per_second"] / 1e6
+                for name, benchmark in names.items()}
+    together = Together(rates)
+    return Scenario(
+        "layers", "Cutting and hashing beside copying, one core", "MB/s",
+        {name: together.variant(name) for name in names})
+
+
+def index(bench):
+    """Probes of the index alone; of whole stores of several sizes, confirmed hits and memory."""
+    counts = (100_000, 400_000) if bench.small else (1_000_000, 5_000_000, 20_000_000)
+    probes, hits, memory = "batched probes", "confirmed hits, footers cached", "memory a chunk"
+
+    def probe():
+        text = peers.run(bench.build / "bench/nebula_micro_bench", "--benchmark_format=json",
+                         "--benchmark_filter=Index/probe_batched/4096",
+                         f"--benchmark_min_time={0.05 if bench.small else 0.5}")
+        return json.loads(text)["benchmarks"][0]["items_per_second"] / 1e6
+
+    def store(count):
+        def run():
+            folder = bench.work / "scale"
+            report = json.loads(peers.run(bench.build / "bench/stellarium-store-scale", folder,
+                                          count))
+            shutil.rmtree(folder)
+            return {hits: report["hits_per_second"] / 1e6, memory: report["index_bytes_per_chunk"]}
+        return Together(run)
+    variants, units = {probes: probe}, {}
+    for count in counts:
+        together = store(count)
+        for what in (hits, memory):
+            variants[f"{what}, {count:,} chunks"] = together.variant(what)
+        units[f"{memory}, {count:,} chunks"] = "bytes"
+    return Scenario(
+        "index", "The index of chunks, one core", "M/s", variants,
+        [Target("at least 20 M batched probes a second", 20, lambda m: m[probes], smoke_bound=10),
+         Target("at least 3 M confirmed hits a second", 3,
+                lambda m: min(m[f"{hits}, {count:,} chunks"] for count in counts),
+                smoke_bound=2),
+         Target("at most 12 bytes a chunk at every size", 12,
+                lambda m: max(m[f"{memory}, {count:,} chunks"] for count in counts), at_most=True)],
+        units=units)
+
+
+SCENARIOS = {
+    "import-new": import_new,
+    "import-again": import_again,
+    "export": export,
+    "related-images": related_images,
+    "clones": clones,
+    "clone-bytes": clone_bytes,
+    "single-clone": single_clone,
+    "snapshot-scale": snapshot_scale,
+    "random-read-1": lambda bench: random_read(bench, 1),
+    "random-read-32": lambda bench: random_read(bench, 32),
+    "random-write-fresh": lambda bench: random_write(bench, aged=False),
+    "random-write-aged": lambda bench: random_write(bench, aged=True),
+    "sequential-read": lambda bench: sequential(bench, "read"),
+    "sequential-write-unique": lambda bench: sequential(bench, "write-unique"),
+    "sequential-write-duplicate": lambda bench: sequential(bench, "write-duplicate"),
+    "overwrite-bytes": overwrite_bytes,
+    "device-bytes": device_bytes,
+    "group-commit": group_commit,
+    "boot-replay": boot_replay,
+    "density": density,
+    "layers": layers,
+    "index": index,
+}
