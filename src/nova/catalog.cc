@@ -35,6 +35,88 @@ Result<LaidOver> lay_over(nebula::Store& store, Delta& delta, uint64_t leaf,
     return done;
 }
 
+/// What a map record did.
+struct Laid {
+    uint64_t pages = 0;
+    uint64_t hidden_pages = 0;
+    std::vector<uint64_t> crowded_leaves;  ///< Worth a look whether they are to be folded.
+};
+
+/// Lays what a record maps over the delta of `state`.
+Result<Laid> lay(nebula::Store& store, const MapRecord& record,
+                 std::span<const nebula::ChunkLocation> locations, VolumeState& state) {
+    assert(locations.empty() || locations.size() == record.entries.size());
+    const uint64_t end_page = state.pages();
+    Laid done;
+    Extents top;
+    for (size_t i = 0; i < record.entries.size();) {
+        const uint64_t leaf = record.entries[i].page / kPagesPerLeaf;
+        top.clear();
+        for (; i < record.entries.size() && record.entries[i].page / kPagesPerLeaf == leaf; ++i) {
+            const MapEntry& entry = record.entries[i];
+            if (entry.page + entry.pages > end_page) {
+                return misfit(RecordKind::kMap,
+                              fmt::format("page {} lies beyond the end of volume id {}", entry.page,
+                                          record.volume));
+            }
+            Extent extent{.first_page = static_cast<uint16_t>(entry.page % kPagesPerLeaf),
+                          .pages = entry.pages,
+                          .first_in_chunk = entry.first_in_chunk,
+                          .hole = false,
+                          .id = entry.id,
+                          .chunk_address = std::nullopt};
+            if (!locations.empty()) {
+                extent.chunk_address = locations[i].address;
+            }
+            append_merged(top, extent);
+            done.pages += entry.pages;
+        }
+        STELLARIUM_ASSIGN(const LaidOver laid, lay_over(store, state.delta, leaf, top));
+        if (laid.extents >= kMinFoldExtents) {
+            done.crowded_leaves.push_back(leaf);
+        }
+        done.hidden_pages += laid.hidden_pages;
+    }
+    return done;
+}
+
+/// Lays a record's holes over the delta of `state`. Returns the pages of them.
+Result<uint64_t> lay(nebula::Store& store, NodeCache& cache, const HoleRecord& record,
+                     VolumeState& state) {
+    uint64_t discarded = 0;
+    for (const PageRange& range : record.ranges) {
+        const uint64_t end = range.page + range.pages;
+        if (end > state.pages()) {
+            return misfit(RecordKind::kHole,
+                          fmt::format("page {} lies beyond the end of volume id {}", range.page,
+                                      record.volume));
+        }
+        // Only leaves that hold something need a hole over it.
+        std::vector<uint64_t> leaves;
+        STELLARIUM_TRY(for_each_leaf(store, cache, state, range.page / kPagesPerLeaf,
+                                     [&](uint64_t leaf) -> Result<bool> {
+                                         if (leaf * kPagesPerLeaf >= end) {
+                                             return false;
+                                         }
+                                         leaves.push_back(leaf);
+                                         return true;
+                                     }));
+        for (const uint64_t leaf : leaves) {
+            const uint64_t first = std::max(range.page, leaf * kPagesPerLeaf);
+            const uint64_t last = std::min(end, (leaf + 1) * kPagesPerLeaf);
+            const Extent hole{.first_page = static_cast<uint16_t>(first % kPagesPerLeaf),
+                              .pages = static_cast<uint16_t>(last - first),
+                              .first_in_chunk = 0,
+                              .hole = true,
+                              .id = {},
+                              .chunk_address = std::nullopt};
+            STELLARIUM_TRY(lay_over(store, state.delta, leaf, std::span(&hole, 1)));
+            discarded += last - first;
+        }
+    }
+    return discarded;
+}
+
 void add_own_pages(Entity& entity, uint64_t pages) {
     if (entity.own_bytes != Entity::kUnknownBytes) {
         entity.own_bytes += pages * kPageBytes;
@@ -499,85 +581,38 @@ Result<EntityPtr> Catalog::content_target(RecordKind kind, uint64_t id) const {
 
 Result<void> Catalog::apply_record(const MapRecord& record,
                                    std::span<const nebula::ChunkLocation> locations) {
-    assert(locations.empty() || locations.size() == record.entries.size());
     STELLARIUM_ASSIGN(const EntityPtr volume, content_target(RecordKind::kMap, record.volume));
     VolumeState next = volume->state();
-    const uint64_t end_page = next.pages();
-    uint64_t written_pages = 0;
-    uint64_t hidden = 0;
-    Extents top;
-    for (size_t i = 0; i < record.entries.size();) {
-        const uint64_t leaf = record.entries[i].page / kPagesPerLeaf;
-        top.clear();
-        for (; i < record.entries.size() && record.entries[i].page / kPagesPerLeaf == leaf; ++i) {
-            const MapEntry& entry = record.entries[i];
-            if (entry.page + entry.pages > end_page) {
-                return misfit(RecordKind::kMap,
-                              fmt::format("page {} lies beyond the end of volume id {}", entry.page,
-                                          record.volume));
-            }
-            Extent extent{.first_page = static_cast<uint16_t>(entry.page % kPagesPerLeaf),
-                          .pages = entry.pages,
-                          .first_in_chunk = entry.first_in_chunk,
-                          .hole = false,
-                          .id = entry.id,
-                          .chunk_address = std::nullopt};
-            if (!locations.empty()) {
-                extent.chunk_address = locations[i].address;
-            }
-            append_merged(top, extent);
-            written_pages += entry.pages;
-        }
-        STELLARIUM_ASSIGN(const LaidOver laid, lay_over(store_, next.delta, leaf, top));
-        if (laid.extents >= kMinFoldExtents) {
-            volume->fold_candidates.insert(leaf);
-        }
-        hidden += laid.hidden_pages;
+    STELLARIUM_ASSIGN(const Laid laid, lay(store_, record, locations, next));
+    for (const uint64_t leaf : laid.crowded_leaves) {
+        volume->fold_candidates.insert(leaf);
     }
     volume->publish(next);
-    written_bytes_ += written_pages * kPageBytes;
-    add_own_pages(*volume, written_pages);
-    add_dead_pages(hidden);
+    written_bytes_ += laid.pages * kPageBytes;
+    add_own_pages(*volume, laid.pages);
+    add_dead_pages(laid.hidden_pages);
     return {};
 }
 
 Result<void> Catalog::apply_record(const HoleRecord& record) {
     STELLARIUM_ASSIGN(const EntityPtr volume, content_target(RecordKind::kHole, record.volume));
     VolumeState next = volume->state();
-    uint64_t discarded = 0;
-    for (const PageRange& range : record.ranges) {
-        const uint64_t end = range.page + range.pages;
-        if (end > next.pages()) {
-            return misfit(RecordKind::kHole,
-                          fmt::format("page {} lies beyond the end of volume id {}", range.page,
-                                      record.volume));
-        }
-        // Only leaves that hold something need a hole over it.
-        std::vector<uint64_t> leaves;
-        STELLARIUM_TRY(for_each_leaf(store_, cache_, next, range.page / kPagesPerLeaf,
-                                     [&](uint64_t leaf) -> Result<bool> {
-                                         if (leaf * kPagesPerLeaf >= end) {
-                                             return false;
-                                         }
-                                         leaves.push_back(leaf);
-                                         return true;
-                                     }));
-        for (const uint64_t leaf : leaves) {
-            const uint64_t first = std::max(range.page, leaf * kPagesPerLeaf);
-            const uint64_t last = std::min(end, (leaf + 1) * kPagesPerLeaf);
-            const Extent hole{.first_page = static_cast<uint16_t>(first % kPagesPerLeaf),
-                              .pages = static_cast<uint16_t>(last - first),
-                              .first_in_chunk = 0,
-                              .hole = true,
-                              .id = {},
-                              .chunk_address = std::nullopt};
-            STELLARIUM_TRY(lay_over(store_, next.delta, leaf, std::span(&hole, 1)));
-            discarded += last - first;
-        }
-    }
+    STELLARIUM_ASSIGN(const uint64_t discarded, lay(store_, cache_, record, next));
     volume->publish(next);
     // At most: what of the leaf is a hole already is not looked up.
     add_dead_pages(discarded);
+    return {};
+}
+
+Result<void> Catalog::try_out(nebula::Store& store, NodeCache& cache,
+                              std::span<const MapRecord> maps, std::span<const HoleRecord> holes,
+                              VolumeState state) {
+    for (const MapRecord& record : maps) {
+        STELLARIUM_TRY(lay(store, record, {}, state));
+    }
+    for (const HoleRecord& record : holes) {
+        STELLARIUM_TRY(lay(store, cache, record, state));
+    }
     return {};
 }
 

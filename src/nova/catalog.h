@@ -155,6 +155,10 @@ class Catalog {
     /// What a shrinking resize to `state.size_bytes` does to the delta. Whoever logs the record
     /// tries this first: what is logged must apply.
     static Result<void> cut_delta(nebula::Store& store, VolumeState& state);
+    /// What the records of a commit do to a state; for the same reason.
+    static Result<void> try_out(nebula::Store& store, NodeCache& cache,
+                                std::span<const MapRecord> maps, std::span<const HoleRecord> holes,
+                                VolumeState state);
 
     // --- Checkpoint ------------------------------------------------------------------------------
 

@@ -108,9 +108,11 @@ class Committer::Assembly {
             const uint64_t volume = part.volume->entity()->id;
             const size_t end_chunk =
                 p + 1 < parts_.size() ? parts_[p + 1].first_chunk : chunks_.size();
+            std::vector<MapRecord> maps;
+            std::vector<HoleRecord> holes;
             for (size_t i = part.first_chunk; i < end_chunk;) {
                 const size_t count = std::min(end_chunk - i, kMaxMapEntriesPerRecord);
-                MapRecord record{.volume = volume, .entries = {}};
+                MapRecord& record = maps.emplace_back(MapRecord{.volume = volume, .entries = {}});
                 for (size_t k = i; k < i + count; ++k) {
                     record.entries.push_back(
                         {.page = chunks_[k].first_page,
@@ -119,18 +121,17 @@ class Committer::Assembly {
                          .id = ids[k]});
                     batch.add_chunk(ids[k], chunks_[k].pages);
                 }
-                STELLARIUM_TRY(committer_.warm(volume, record.entries, {}));
                 placed.push_back({PendingRecord::of(record), i, count});
                 i += count;
             }
             for (size_t i = 0; i < part.holes.size(); i += kMaxHoleEntriesPerRecord) {
                 const size_t count = std::min(part.holes.size() - i, kMaxHoleEntriesPerRecord);
-                HoleRecord record{.volume = volume, .ranges = {}};
+                HoleRecord& record = holes.emplace_back(HoleRecord{.volume = volume, .ranges = {}});
                 record.ranges.assign(part.holes.begin() + static_cast<ptrdiff_t>(i),
                                      part.holes.begin() + static_cast<ptrdiff_t>(i + count));
-                STELLARIUM_TRY(committer_.warm(volume, {}, record.ranges));
                 placed.push_back({PendingRecord::of(record), 0, 0});
             }
+            STELLARIUM_TRY(committer_.warm(volume, maps, holes));
         }
         for (const PendingRecord& record : records) {
             placed.push_back({record, 0, 0});
@@ -325,30 +326,48 @@ Result<uint64_t> Committer::commit_announced() {
 
 /// Reads whatever applying the records will need, so that a failing read fails the commit before
 /// anything is in the log.
-Result<void> Committer::warm(uint64_t volume, std::span<const MapEntry> entries,
-                             std::span<const PageRange> holes) {
+Result<void> Committer::warm(uint64_t volume, std::span<const MapRecord> maps,
+                             std::span<const HoleRecord> holes) {
     const EntityPtr entity = catalog_.find(volume);
     if (!entity) {
         return fail(ErrorCode::kNotFound, "the volume was removed");
     }
     const VolumeState state = entity->state();
-    for (size_t i = 0; i < entries.size(); ++i) {
-        const uint64_t leaf = entries[i].page / kPagesPerLeaf;
-        if (i == 0 || entries[i - 1].page / kPagesPerLeaf != leaf) {
-            STELLARIUM_TRY(state.delta.find(store_, leaf));
+    std::vector<uint64_t> leaves;
+    uint64_t replaced_extents = 0;
+    const auto look = [&](uint64_t leaf) -> Result<void> {
+        STELLARIUM_ASSIGN(const auto present, state.delta.find(store_, leaf));
+        if (present) {
+            leaves.push_back(leaf);
+            replaced_extents += present->size();
+        }
+        return {};
+    };
+    for (const MapRecord& record : maps) {
+        const std::vector<MapEntry>& entries = record.entries;
+        for (size_t i = 0; i < entries.size(); ++i) {
+            const uint64_t leaf = entries[i].page / kPagesPerLeaf;
+            if (i == 0 || entries[i - 1].page / kPagesPerLeaf != leaf) {
+                STELLARIUM_TRY(look(leaf));
+            }
         }
     }
-    for (const PageRange& range : holes) {
-        const auto visit = [&](uint64_t leaf) -> Result<bool> {
-            if (leaf * kPagesPerLeaf >= range.page + range.pages) {
-                return false;
-            }
-            STELLARIUM_TRY(state.delta.find(store_, leaf));
-            return true;
-        };
-        STELLARIUM_TRY(for_each_leaf(store_, cache_, state, range.page / kPagesPerLeaf, visit));
+    for (const HoleRecord& record : holes) {
+        for (const PageRange& range : record.ranges) {
+            const auto visit = [&](uint64_t leaf) -> Result<bool> {
+                if (leaf * kPagesPerLeaf >= range.page + range.pages) {
+                    return false;
+                }
+                STELLARIUM_TRY(look(leaf));
+                return true;
+            };
+            STELLARIUM_TRY(for_each_leaf(store_, cache_, state, range.page / kPagesPerLeaf, visit));
+        }
     }
-    return {};
+    const bool reads_more = std::ranges::any_of(leaves, [&](uint64_t leaf) {
+        return state.delta.reads_neighbours(leaf, replaced_extents);
+    });
+    return reads_more ? Catalog::try_out(store_, cache_, maps, holes, state) : Result<void>();
 }
 
 Result<uint64_t> Committer::commit(std::span<const std::shared_ptr<Volume>> volumes,
@@ -405,13 +424,13 @@ Result<uint64_t> Committer::commit_page(const Entity& entity, uint64_t page, Byt
     PendingRecord first;
     if (nebula::is_zero_page(content)) {
         const HoleRecord record{.volume = entity.id, .ranges = {{.page = page, .pages = 1}}};
-        STELLARIUM_TRY(warm(entity.id, {}, record.ranges));
+        STELLARIUM_TRY(warm(entity.id, {}, std::span(&record, 1)));
         first = PendingRecord::of(record);
     } else {
         const MapRecord record{
             .volume = entity.id,
             .entries = {{.page = page, .pages = 1, .first_in_chunk = 0, .id = hash(content)}}};
-        STELLARIUM_TRY(warm(entity.id, record.entries, {}));
+        STELLARIUM_TRY(warm(entity.id, std::span(&record, 1), {}));
         batch.add_chunk(record.entries.front().id, content);
         first = PendingRecord::of(record);
     }
@@ -521,7 +540,7 @@ Result<void> Committer::discard_leaves(Volume& volume, uint64_t first_page, uint
     const auto lock = lock_entity(volume);
     const HoleRecord record{.volume = volume.entity()->id,
                             .ranges = {{.page = first_page, .pages = pages}}};
-    STELLARIUM_TRY(warm(record.volume, {}, record.ranges));
+    STELLARIUM_TRY(warm(record.volume, {}, std::span(&record, 1)));
     const PendingRecord pending = PendingRecord::of(record);
     nebula::WriteBatch batch;
     batch.add_record(pending.kind, pending.payload);

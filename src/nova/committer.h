@@ -127,8 +127,8 @@ class Committer final : public Writeback {
     Result<uint64_t> append_and_apply(
         nebula::WriteBatch& batch,
         const std::function<Result<void>(const nebula::Appended&)>& apply);
-    Result<void> warm(uint64_t volume, std::span<const MapEntry> entries,
-                      std::span<const PageRange> holes);
+    Result<void> warm(uint64_t volume, std::span<const MapRecord> maps,
+                      std::span<const HoleRecord> holes);
     void break_with(const Error& error);
 
     void run_commits();

@@ -593,6 +593,25 @@ Result<void> Delta::set(nebula::Store& store, uint64_t leaf, Extents extents) {
     return assign(store, root_, kTreeLevels, leaf, change);
 }
 
+bool Delta::reads_neighbours(uint64_t leaf, uint64_t extents) const {
+    const DeltaNode* node = root_.get();
+    while (node != nullptr) {
+        if (!node->loaded.load(std::memory_order_acquire)) {
+            return true;
+        }
+        if (!node->body.is_inner()) {
+            return false;
+        }
+        if (node->extents <= kBucketExtents + extents) {
+            return true;
+        }
+        const auto index = static_cast<uint32_t>(leaf >> child_shift(node->level));
+        leaf &= leaves_below(node->level - 1) - 1;
+        node = node->body.child(index);
+    }
+    return false;
+}
+
 Result<void> Delta::erase_from(nebula::Store& store, uint64_t first_leaf) {
     STELLARIUM_ASSIGN(root_, cut_from(store, root_, first_leaf));
     return {};

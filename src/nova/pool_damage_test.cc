@@ -308,6 +308,40 @@ TEST(PoolDamage, AShrinkThatCannotBeAppliedIsNotLogged) {
     EXPECT_GE(refused, 1U);
 }
 
+TEST(PoolDamage, AFlushThatCannotBeAppliedIsNotLogged) {
+    TwoDeltas test;
+    test.kill();
+    for (const bool discards : {true, false}) {
+        SCOPED_TRACE(discards);
+        unsigned refused = 0;
+        test.for_each_copy([&](RottenCopy& copy) {
+            auto a = must(copy->attach("a", {}));
+            // The separate pages of a leaf become one range. What is left of the delta fits into
+            // one node, for which the neighbours are read.
+            if (discards) {
+                must(a->discard(0, kLeafBytes, IoMode::kMayBlock));
+            } else {
+                must(write(*a, 0, random_bytes(40 * kPageBytes, 1)));
+            }
+            const auto done = flush(*a);
+            if (done) {
+                return;
+            }
+            ++refused;
+            EXPECT_EQ(done.error().code(), ErrorCode::kCorrupt) << done.error().message();
+            EXPECT_EQ(copy->read_only_reason().value_or(""), "");
+            EXPECT_EQ(must(copy->find("a")).damage, "");
+            must(copy->create_volume("other", kMiB));
+            a.reset();
+            must(copy->remove({"a"}));
+            copy.close();
+            must(copy.open());
+            must(copy->find("other"));
+        });
+        EXPECT_GE(refused, 1U);
+    }
+}
+
 // --- A damaged log -------------------------------------------------------------------------------
 
 /// Three flushed versions of a page, each in a batch of its own, on top of an image and a snapshot.

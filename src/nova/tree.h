@@ -156,6 +156,9 @@ class Delta {
     /// false.
     Result<void> for_each(nebula::Store& store, uint64_t first_leaf, uint64_t last_leaf,
                           const std::function<bool(uint64_t leaf, const Extents&)>& visit) const;
+    /// Whether set() may have to read more than find() over `leaf` does, when `extents` extents at
+    /// most have gone from the delta: a node that gets small takes in the nodes below it.
+    bool reads_neighbours(uint64_t leaf, uint64_t extents) const;
     /// Leaves that have extents (exact), and extents in all of them. O(1).
     uint64_t leaves() const;
     uint64_t extents() const;
