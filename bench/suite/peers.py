@@ -26,6 +26,10 @@ class PeerError(Exception):
     """A tool failed; the text says which and what it said."""
 
 
+class LimitError(PeerError):
+    """Our daemon has no room for more, by a limit of its own or of this machine."""
+
+
 class Commands:
     """What was run, for the report: of commands that differ in numbers only, the first."""
 

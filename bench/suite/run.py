@@ -179,7 +179,8 @@ def main():
             print(f"left out {entry['name']}: {variant}: {why}")
     for name in failed:
         print(f"FAILED   {name}")
-    print(f"{len(entries)} scenario{'s'[:len(entries) != 1]} in {run['seconds']:.0f} s. Report: {arguments.out}/report.md")
+    print(f"Measured {len(results)} of {len(entries)} in {run['seconds']:.0f} s. "
+          f"Report: {arguments.out}/report.md")
     return 1 if failed or far else 0
 
 

@@ -44,7 +44,8 @@ class UnixConnection(http.client.HTTPConnection):
         text = answer.read()
         seconds = time.monotonic() - begin
         if answer.status >= 300:
-            raise peers.PeerError(f"{method} {target}: {answer.status} {text.decode()}")
+            error = peers.LimitError if answer.status == 413 else peers.PeerError
+            raise error(f"{method} {target}: {answer.status} {text.decode()}")
         return (json.loads(text) if text else None), seconds
 
 
