@@ -79,8 +79,12 @@ class Ours:
         return self.api.call("PUT", f"/v1/attachments/{name}", {})[0]["socket"]
 
     def drop(self, *names):
+        """Detaches and removes."""
         for name in names:
             self.api.call("DELETE", f"/v1/attachments/{name}")
+        self.remove(*names)
+
+    def remove(self, *names):
         self.api.call("POST", "/v1/removals", {"kind": "volume", "names": names})
 
 
