@@ -92,7 +92,8 @@ def measure(arguments, names):
                                      for variant, why in entry["left_out"].items()}
             except Unavailable as error:
                 entry["skipped"] = general(str(error))
-            except (PeerError, EngineError, guests.GuestError, OSError, ValueError) as error:
+            except (PeerError, EngineError, guests.GuestError, OSError, ValueError,
+                    LookupError) as error:
                 entry["failed"] = general(f"{type(error).__name__}: {error}")
             entry["seconds"] = time.monotonic() - begin
             entry["commands"] = [general(line) for line in COMMANDS.take()]

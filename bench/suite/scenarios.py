@@ -672,7 +672,8 @@ def density(bench):
     image = bench.random_file(16 * MIB)
     each = "each clone, a fifth of them connected"
     attached, rate = "attached", "attached a second"
-    threads = "threads, beside those with one clone"
+    threads, idle = "threads, beside those with one clone", "a processor while nothing is asked"
+    idle_s = 2 if bench.small else 20
 
     def attach_all(daemon, names):
         """Sockets, as many as the daemon has descriptors for."""
@@ -701,17 +702,21 @@ def density(bench):
                 with served.Connected(bench.blkbench, daemon, sockets[:len(sockets) // 5]):
                     grown = served.process_figure(daemon.pid, "status", "RssAnon") - memory
                     threads_now = served.process_figure(daemon.pid, "status", "Threads")
+                begin = served.processor_seconds(daemon.pid)
+                time.sleep(idle_s)
+                used = served.processor_seconds(daemon.pid) - begin
                 more = len(sockets) - 1
                 return {each: grown / more, attached: len(sockets), rate: more / seconds,
-                        threads: threads_now / threads_before}
+                        threads: threads_now / threads_before, idle: 100 * used / idle_s}
     together = Together(run)
     return Scenario(
         "density", "Memory of the daemon for clones of one image, attached and listening", "bytes",
-        {name: together.variant(name) for name in (each, attached, rate, threads)},
+        {name: together.variant(name) for name in (each, attached, rate, threads, idle)},
         [Target("at most 8 KiB each beyond the first", 8 * KIB, lambda m: m[each], at_most=True,
                 smoke_bound=16 * KIB),
-         Target("no more threads than with one", 1, lambda m: m[threads], at_most=True)],
-        units={attached: "volumes", threads: "ratio", rate: "/s"},
+         Target("no more threads than with one", 1, lambda m: m[threads], at_most=True),
+         Target("idle, at most 1 % of a processor", 1, lambda m: m[idle], at_most=True)],
+        units={attached: "volumes", threads: "ratio", rate: "/s", idle: "%"},
         note=f"RssAnon of the daemon, so without guests' memory, while the load generator keeps a "
              f"read in flight on each that is connected. Up to {wanted:,} are attached, as many as "
              f"the daemon may have descriptors for.")

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from pathlib import Path
 
 import peers
 from measure import Unavailable
@@ -22,6 +23,18 @@ def process_figure(pid, file, key):
     except PermissionError:
         raise Unavailable(f"/proc/PID/{file} of a server cannot be read") from None
     raise Unavailable(f"/proc/PID/{file} has no {key} here")
+
+
+def processor_seconds(pid):
+    """Time that the threads of a process, those that there are now, have been on a processor."""
+    total_ns = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        try:
+            total_ns += int((task / "schedstat").read_text(encoding="ascii").split()[0])
+        except (FileNotFoundError, ProcessLookupError):
+            if task.exists():  # Else the thread has just ended.
+                raise Unavailable("no time of threads here (CONFIG_SCHED_INFO)") from None
+    return total_ns / 1e9
 
 
 class UnixConnection(http.client.HTTPConnection):
