@@ -343,7 +343,8 @@ void add_store_commands(CLI::App& app, Builder& builder, Invocation& invocation)
     collect
         ->add_option("--rate", builder.arguments().rate,
                      "copy and free at most this many bytes a second")
-        ->type_name("SIZE");
+        ->type_name("SIZE")
+        ->check(not_empty("a size"));
     CLI::App* const scrubbed = builder.command(
         &app, "scrub", "Read and check everything that is stored, while everything goes on", scrub,
         "  stellarctl scrub                 # goes on where the last one was stopped\n"
@@ -352,7 +353,8 @@ void add_store_commands(CLI::App& app, Builder& builder, Invocation& invocation)
     scrubbed
         ->add_option("--rate", builder.arguments().rate,
                      "read at most this many bytes a second; 0: no limit (default: 256MiB)")
-        ->type_name("SIZE");
+        ->type_name("SIZE")
+        ->check(not_empty("a size"));
     CLI::Option* const restart =
         scrubbed->add_flag("--restart", builder.arguments().restart, "from the start");
     scrubbed

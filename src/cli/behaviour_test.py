@@ -813,7 +813,9 @@ class Scrub(TestCase):
 
     def test_words(self):
         s = self.store()
-        self.assert_fails(s.run("scrub", "--rate", "fast"), "invalid_argument")
+        for rate in ("fast", ""):  # An empty one is a variable that was not set, not no limit.
+            for command in ("scrub", "gc"):
+                self.assert_fails(s.run(command, "--rate", rate), "invalid_argument", "size")
         self.assertEqual(s.run("scrub", "--status", "--restart").code, EXIT["invalid_argument"])
 
 
@@ -865,7 +867,7 @@ class Fsck(TestCase):
     def test_a_store_in_use_is_left_alone(self):
         s = self.store(daemon=True)
         for words in ([], ["--repair"]):
-            self.assert_fails(s.run("fsck", *words), "busy")
+            self.assert_fails(s.run("fsck", *words), "busy", "stop its daemon")
         s.stop_daemon()
         s.ok("fsck")
 

@@ -154,6 +154,10 @@ Result<void> check_store(Context& context, const Arguments& arguments) {
     }
     progress.finish();
     if (!checked) {
+        if (arguments.repair && checked.error().code() == ErrorCode::kBusy) {
+            return std::unexpected(checked.error().with_context(
+                fmt::format("{} is in use: stop its daemon, or repair a copy of it", directory)));
+        }
         return std::unexpected(checked.error());
     }
     Output& out = context.out();

@@ -220,10 +220,15 @@ Result<void> collect_garbage(Context& context, const Arguments& arguments) {
                                      [&](const Json& state) { show_collection(progress, state); }));
     Output& out = context.out();
     const auto size = [&](std::string_view key) { return out.size(number_field(report, key)); };
-    std::string sentence = fmt::format(
-        "{} {}: {} chunks of {} {} dead, {} are needed", arguments.dry_run ? "would free" : "freed",
-        size("freed_bytes"), number_field(report, "dead_chunks"), size("dead_bytes"),
-        arguments.dry_run ? "are" : "were", size("live_bytes"));
+    const uint64_t dead_chunks = number_field(report, "dead_chunks");
+    std::string_view verb = dead_chunks == 1 ? "was" : "were";
+    if (arguments.dry_run) {
+        verb = dead_chunks == 1 ? "is" : "are";
+    }
+    std::string sentence =
+        fmt::format("{} {}: {} of {} {} dead, {} are needed",
+                    arguments.dry_run ? "would free" : "freed", size("freed_bytes"),
+                    plural(dead_chunks, "chunk"), size("dead_bytes"), verb, size("live_bytes"));
     if (!arguments.dry_run) {
         sentence += fmt::format(
             "; {} copied, in {} ms",

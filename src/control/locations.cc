@@ -141,7 +141,9 @@ Result<void> check_component(const std::string& path, const struct stat& status,
     if (status.st_uid != owner || others_write) {
         return fail(ErrorCode::kPermissionDenied,
                     fmt::format("directory {} must belong to user {} and be writable by nobody "
-                                "else; it belongs to user {} with mode {:o}",
+                                "else; it belongs to user {} with mode {:o}: make it so (chown -R, "
+                                "chmod), or choose another place (STELLARIUM_RUNTIME_DIR, "
+                                "--runtime-dir)",
                                 path, owner, status.st_uid, status.st_mode & 07777));
     }
     if (group && (status.st_gid != *group || (status.st_mode & S_IXGRP) == 0)) {
