@@ -939,6 +939,31 @@ class Fsck(TestCase):
         s.ok("image", "export", "i", "i.raw")
         self.assertEqual((s.folder / "i.raw").read_bytes(), content)
 
+    def test_a_segment_that_was_moved_aside_can_be_put_back(self):
+        s = self.store()
+        content = random.Random(11).randbytes(136 << 20)  # Two segments that are full, and more.
+        (s.folder / "source.raw").write_bytes(content)
+        s.ok("image", "import", "i", str(s.folder / "source.raw"))
+        first, second = (s.path / "segments" / f"000000{number}.seg" for number in (1, 2))
+        self.assertTrue((s.path / "segments" / "0000003.seg").exists())
+
+        def swap(one, other):
+            one.rename(s.folder / "aside")
+            other.rename(one)
+            (s.folder / "aside").rename(other)
+
+        swap(first, second)
+        code, report = self.fsck(s, "--repair")
+        self.assertEqual(code, EXIT["corrupt"])
+        self.assertGreater(sum(each["length_bytes"] for each in report["lost"]), 100 << 20)
+        # What was found under the name of the first is the second.
+        Path(f"{first}.foreign").rename(second)
+        Path(f"{second}.foreign").rename(first)
+        self.assertIn("all is well", s.ok("fsck", "--repair").out)
+        s.ok("fsck", "--data")
+        s.ok("image", "export", "i", "i.raw")
+        self.assertEqual((s.folder / "i.raw").read_bytes(), content)
+
     def test_without_a_superblock_nothing_can_be_repaired(self):
         s, _ = self.filled()
         (s.path / "superblock").unlink()
