@@ -178,6 +178,7 @@ class Run:
         check(state["read_only"] is False and state["warnings"] == [],
               f"the store is not as it should be: {state}")
         self.engine.stop_daemon()
+        self.engine.ctl("fsck", "--data")  # Fails for anything that is damaged.
         for guest in self.guests:
             files = []
             for volume in guest.volumes:

@@ -66,6 +66,7 @@ class Process {
         ::waitpid(std::exchange(pid_, -1), &status, 0);
         return status;
     }
+    pid_t pid() const { return pid_; }
     void terminate() const { ::kill(pid_, SIGTERM); }
     /// Reads what it says, so that it can go on, until it closes its output.
     void drain() {
