@@ -180,7 +180,7 @@ Result<Json> call_and_watch(Context& context, Progress& progress, const std::str
     while (second && answer.wait_for(kWatchEvery) != std::future_status::ready) {
         if (interrupted()) {
             // Again and again: the first may have come before what it should stop.
-            (void)second->call("DELETE", target);
+            [[maybe_unused]] const Result<Json> asked = second->call("DELETE", target);
         }
         if (const Result<Json> state = second->call("GET", target);
             state && bool_field(*state, "running")) {
