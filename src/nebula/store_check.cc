@@ -281,10 +281,16 @@ void StoreImpl::report_scan(Segment& segment, const SegmentScan& scan, CheckCoun
                 return entry.page.get() >= gap.run.page && entry.page.get() < gap.run.end();
             });
         };
+        // A footer that was written after they died (by a repair) does not name them; batches do.
+        const std::vector<EntryPlace> dead_members = segments_->dead_parts(segment).members;
+        const auto is_dead_member = [&dead_members](const Entry& entry) {
+            return entry.entry_kind() == EntryKind::kMember &&
+                   std::ranges::binary_search(dead_members, place_of(entry));
+        };
         const auto live = [&](const std::vector<Entry>& all) {
             std::vector<Entry> some;
             std::ranges::copy_if(all, std::back_inserter(some), [&](const Entry& entry) {
-                return !segment.any_dead(entry.page, 1) && !in_gap(entry);
+                return !segment.any_dead(entry.page, 1) && !is_dead_member(entry) && !in_gap(entry);
             });
             std::ranges::sort(some, before);
             return some;

@@ -15,6 +15,7 @@
 #include <gtest/gtest.h>
 
 #include "base/test_scale.h"
+#include "nebula/dead_map.h"
 #include "nebula/format.h"
 #include "nebula/segment.h"
 #include "nova/testing/test_pool.h"
@@ -73,8 +74,9 @@ Result<CheckReport> look(io::SimulatedMachine& machine, bool data = false, bool 
 /// A pool with an image, volumes, snapshots, garbage and freed space, whose process is gone.
 class Sample {
   public:
-    /// With `tail`, changes follow the last checkpoint, synced.
-    explicit Sample(bool tail) : pool_(1, check_pool_options()) {
+    /// With `tail`, changes follow the last checkpoint, synced. With `neighbours`, so many volumes'
+    /// maps stand in packs together, and one of them is dead.
+    explicit Sample(bool tail, uint64_t neighbours = 0) : pool_(1, check_pool_options()) {
         import_image(*pool_, "debian", random_bytes(600'000, 1));
         import_image(*pool_, "gone", random_bytes(300'000, 2));
         must(pool_->clone("debian", {"a", "b"}));
@@ -84,6 +86,11 @@ class Sample {
             write_to("c", i * 500'000 / 512 * 512, 200 + i);
         }
         must(pool_->create_snapshot("a", "s"));
+        for (uint64_t i = 0; i < neighbours; ++i) {
+            const std::string name = fmt::format("many-{}", i);
+            must(pool_->clone("debian", {name}));
+            write_to(name, i * 4096, 700 + i);
+        }
         must(pool_->remove({"gone"}));
         must(pool_->checkpoint());
         must(pool_->gc({}));
@@ -92,6 +99,11 @@ class Sample {
             write_to("a", i * 61'440, 400 + i);
         }
         must(pool_->checkpoint());
+        if (neighbours > 0) {
+            write_to("many-0", 65'536, 800);
+            must(pool_->checkpoint());
+            must(pool_->gc({}));
+        }
         if (tail) {
             for (uint64_t i = 0; i < 4; ++i) {
                 write_to("b", 200'000 / 512 * 512 + i * 4096, 500 + i);
@@ -374,6 +386,32 @@ TEST(Fsck, FlippedBytesAnywhereAreFoundAndRepaired) {
             }
         }
     }
+}
+
+TEST(Fsck, AFooterThatIsWrittenAfterObjectsOfPacksDiedIsInOrder) {
+    const Sample sample(/*tail=*/false, /*neighbours=*/6);
+    const auto whole = sample.copy();
+    const nebula::SuperblockSlot slot = newest_slot(*whole);
+    const Content bytes = bytes_of_file(
+        *whole, kDirectory + ("/" + nebula::dead_map_file_name(slot.dead_map_generation)));
+    const nebula::DeadMap map =
+        must(nebula::decode_dead_map(bytes, slot.store_id, slot.dead_map_generation));
+    size_t tried = 0;
+    for (const auto& [number, dead] : map.segments) {
+        if (dead.members.empty() || dead.whole) {
+            continue;
+        }
+        ++tried;
+        const std::string path = segment_path(number);
+        const uint64_t end = bytes_of_file(*whole, path).size();
+        for (const uint64_t offset : {uint64_t{0}, end - 1}) {
+            const auto machine = sample.copy();
+            machine->files().damage(path, offset, 1, 1);
+            expect_repaired(sample, *machine, fmt::format("{} at {}", path, offset),
+                            /*must_be_found=*/true);
+        }
+    }
+    EXPECT_GT(tried, 0U) << "no object died in a pack that is needed";
 }
 
 TEST(Fsck, EveryHeaderThatRotsIsFound) {
