@@ -294,11 +294,34 @@ TYPED_TEST(ContractTest, ReadOnlyFilesCannotBeChanged) {
 TYPED_TEST(ContractTest, HintsChangeNothing) {
     const auto file = this->create("a");
     STELLARIUM_ASSERT_OK(write_all(*file, pattern(100'000, 1), 0));
-    file->start_writeback(0, 100'000);
     file->drop_cache(0, 100'000);
     file->read_ahead(0, 1'000'000);
     EXPECT_EQ(contents(*file), pattern(100'000, 1));
     STELLARIUM_EXPECT_OK(file->datasync());
+}
+
+TYPED_TEST(ContractTest, StreamedWritesAreReadAndSyncedLikeOthers) {
+    const auto file = this->create("a");
+    std::vector<std::byte> expected;
+    for (uint8_t turn = 0; turn < 4; ++turn) {
+        std::vector<std::byte> part = pattern(700'000 + turn, turn);
+        const uint64_t offset_bytes = expected.size();
+        expected.insert(expected.end(), part.begin(), part.end());
+        STELLARIUM_ASSERT_OK(write_all(*file,
+                                       {{part.data(), 4096}, {&part[4096], part.size() - 4096}},
+                                       offset_bytes, Caching::kStream));
+        EXPECT_EQ(contents(*file), expected);
+    }
+    STELLARIUM_EXPECT_OK(file->datasync());
+    EXPECT_EQ(contents(*file), expected);
+    // Over what is there, and next to what is kept.
+    std::vector<std::byte> over = pattern(8192, 9);
+    STELLARIUM_ASSERT_OK(write_all(*file, {{over.data(), over.size()}}, 100'000, Caching::kStream));
+    STELLARIUM_ASSERT_OK(write_all(*file, Bytes(over), 200'000));
+    std::ranges::copy(over, expected.begin() + 100'000);
+    std::ranges::copy(over, expected.begin() + 200'000);
+    STELLARIUM_EXPECT_OK(file->datasync());
+    EXPECT_EQ(contents(*file), expected);
 }
 
 TYPED_TEST(ContractTest, ImpossibleOffsetsAreErrors) {

@@ -81,7 +81,8 @@ Result<void> write_all(File& file, Bytes from, uint64_t offset_bytes) {
     return {};
 }
 
-Result<void> write_all(File& file, std::vector<iovec> from, uint64_t offset_bytes) {
+Result<void> write_all(File& file, std::vector<iovec> from, uint64_t offset_bytes,
+                       Caching caching) {
     InterruptionBudget budget;
     std::span<iovec> rest(from);
     while (true) {
@@ -91,7 +92,8 @@ Result<void> write_all(File& file, std::vector<iovec> from, uint64_t offset_byte
         if (rest.empty()) {
             return {};
         }
-        auto put = file.pwritev(rest.first(std::min<size_t>(rest.size(), IOV_MAX)), offset_bytes);
+        auto put =
+            file.pwritev(rest.first(std::min<size_t>(rest.size(), IOV_MAX)), offset_bytes, caching);
         if (!put) {
             if (budget.may_retry(put.error())) {
                 continue;

@@ -54,6 +54,12 @@ struct FileIdentity {
     friend bool operator==(const FileIdentity&, const FileIdentity&) = default;
 };
 
+/// What becomes of written data in the page cache.
+enum class Caching : uint8_t {
+    kKeep,    ///< It stays for readers until the system needs the memory.
+    kStream,  ///< On its way to the device at once, and dropped when it is there. A hint.
+};
+
 /// An open file, closed when destroyed.
 class File {
   public:
@@ -70,7 +76,8 @@ class File {
                                   bool no_wait) = 0;
     /// Writes up to from.size() bytes, extending the file; may be short.
     virtual Result<size_t> pwrite(Bytes from, uint64_t offset_bytes) = 0;
-    virtual Result<size_t> pwritev(std::span<const iovec> from, uint64_t offset_bytes) = 0;
+    virtual Result<size_t> pwritev(std::span<const iovec> from, uint64_t offset_bytes,
+                                   Caching caching) = 0;
     /// Makes the data, and the size needed to read it, durable.
     virtual Result<void> datasync() = 0;
 
@@ -89,8 +96,6 @@ class File {
     virtual void drop_cache(uint64_t offset_bytes, uint64_t length_bytes) = 0;
     /// Asks for the range to be read ahead; a hint that returns at once.
     virtual void read_ahead(uint64_t offset_bytes, uint64_t length_bytes) = 0;
-    /// Starts writing dirty pages of the range to the device without waiting; a hint.
-    virtual void start_writeback(uint64_t offset_bytes, uint64_t length_bytes) = 0;
 
     /// Maps [offset, offset + length), which must lie within the file; offset is page-aligned.
     virtual Result<std::unique_ptr<MappedBytes>> map(uint64_t offset_bytes,
@@ -190,6 +195,7 @@ Result<void> read_exact(File& file, MutableBytes into, uint64_t offset_bytes);
 /// Loops over short writes and interruptions until all is written.
 Result<void> write_all(File& file, Bytes from, uint64_t offset_bytes);
 /// The same for gathered buffers; `from` is consumed as scratch.
-Result<void> write_all(File& file, std::vector<iovec> from, uint64_t offset_bytes);
+Result<void> write_all(File& file, std::vector<iovec> from, uint64_t offset_bytes,
+                       Caching caching = Caching::kKeep);
 
 }  // namespace stellarium::io

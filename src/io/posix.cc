@@ -110,6 +110,10 @@ int lock_whole_file(int descriptor) {
     return errno == EACCES ? EAGAIN : errno;
 }
 
+#ifndef RWF_DONTCACHE
+constexpr int RWF_DONTCACHE = 0x80;  // Linux 6.14, include/uapi/linux/fs.h.
+#endif
+
 class PosixFile final : public File {
   public:
     PosixFile(Descriptor descriptor, std::string path)
@@ -149,12 +153,28 @@ class PosixFile final : public File {
         return static_cast<size_t>(put);
     }
 
-    Result<size_t> pwritev(std::span<const iovec> from, uint64_t offset_bytes) override {
+    Result<size_t> pwritev(std::span<const iovec> from, uint64_t offset_bytes,
+                           Caching caching) override {
         STELLARIUM_TRY(check_not_poisoned("write"));
         const int count = static_cast<int>(std::min<size_t>(from.size(), IOV_MAX));
-        const ssize_t put = ::pwritev(descriptor_.get(), from.data(), count, to_off(offset_bytes));
+        const auto write = [&](int flags) {
+            return ::pwritev2(descriptor_.get(), from.data(), count, to_off(offset_bytes), flags);
+        };
+        const bool streams =
+            caching == Caching::kStream && streams_.load(std::memory_order_relaxed);
+        ssize_t put = write(streams ? RWF_DONTCACHE : 0);
+        if (put < 0 && streams && errno == EOPNOTSUPP) {
+            streams_.store(false, std::memory_order_relaxed);  // This kernel or file system cannot.
+            put = write(0);
+        }
         if (put < 0) {
             return failed_at(errno, "write", path_, offset_bytes);
+        }
+        if (caching == Caching::kStream && !streams_.load(std::memory_order_relaxed)) {
+            // It stays in memory, but is on its way.
+            // With this one flag the call collects no errors of writing: datasync still sees them.
+            static_cast<void>(::sync_file_range(descriptor_.get(), to_off(offset_bytes), put,
+                                                SYNC_FILE_RANGE_WRITE));
         }
         return static_cast<size_t>(put);
     }
@@ -231,7 +251,7 @@ class PosixFile final : public File {
         return Extent(std::pair(static_cast<uint64_t>(data), static_cast<uint64_t>(hole - data)));
     }
 
-    // The three hints: their failure changes nothing that anybody was promised.
+    // The two hints: their failure changes nothing that anybody was promised.
     void drop_cache(uint64_t offset_bytes, uint64_t length_bytes) override {
         static_cast<void>(::posix_fadvise(descriptor_.get(), to_off(offset_bytes),
                                           to_off(length_bytes), POSIX_FADV_DONTNEED));
@@ -240,12 +260,6 @@ class PosixFile final : public File {
         static_cast<void>(::posix_fadvise(descriptor_.get(), to_off(offset_bytes),
                                           to_off(length_bytes), POSIX_FADV_WILLNEED));
     }
-    void start_writeback(uint64_t offset_bytes, uint64_t length_bytes) override {
-        // With this one flag the call does not collect write errors, so datasync still sees them.
-        static_cast<void>(::sync_file_range(descriptor_.get(), to_off(offset_bytes),
-                                            to_off(length_bytes), SYNC_FILE_RANGE_WRITE));
-    }
-
     Result<std::unique_ptr<MappedBytes>> map(uint64_t offset_bytes,
                                              uint64_t length_bytes) override {
         STELLARIUM_ASSIGN(Mapping mapping, map_range(PROT_READ, offset_bytes, length_bytes));
@@ -331,6 +345,7 @@ class PosixFile final : public File {
     const Descriptor descriptor_;
     const std::string path_;
     std::atomic<bool> poisoned_{false};
+    std::atomic<bool> streams_{true};  ///< RWF_DONTCACHE has not been refused.
     std::mutex mappings_mutex_;
     std::vector<Mapping> shared_mappings_;
 };

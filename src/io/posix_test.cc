@@ -1,8 +1,12 @@
 // What only the real system has: processes, descriptors, file modes, failing devices.
 #include "io/posix.h"
 
+#include <algorithm>
 #include <array>
+#include <chrono>
+#include <cstring>
 #include <filesystem>
+#include <thread>
 
 #include <fcntl.h>
 #include <fmt/format.h>
@@ -10,6 +14,7 @@
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -69,7 +74,7 @@ TEST_F(PosixTest, FailedSyncPoisonsTheFile) {
     EXPECT_NE(sync.error().message().find(path("a")), std::string::npos);
     STELLARIUM_EXPECT_FAILS(file->datasync(), ErrorCode::kIo);
     STELLARIUM_EXPECT_FAILS(file->pwrite(filled(1, 1), 0), ErrorCode::kIo);
-    STELLARIUM_EXPECT_FAILS(file->pwritev({}, 0), ErrorCode::kIo);
+    STELLARIUM_EXPECT_FAILS(file->pwritev({}, 0, Caching::kKeep), ErrorCode::kIo);
     STELLARIUM_EXPECT_FAILS(file->truncate(0), ErrorCode::kIo);
     STELLARIUM_EXPECT_FAILS(file->punch_hole(0, 1), ErrorCode::kIo);
     STELLARIUM_EXPECT_FAILS(file->allocate(0, 1), ErrorCode::kIo);
@@ -175,6 +180,41 @@ TEST_F(PosixTest, MappedBytesThatCannotBeReadAreAnError) {
     STELLARIUM_EXPECT_FAILS(fetched, ErrorCode::kIo);
     EXPECT_NE(fetched.error().message().find(path("a")), std::string::npos);
     STELLARIUM_EXPECT_OK(fetch_mapped(map->bytes().first(3 * kPage), file->path()));
+}
+
+TEST_F(PosixTest, StreamedWritesLeaveThePageCache) {
+    constexpr size_t kBytes = 1 << 20;
+    const auto file = files_.open(path("a"), OpenMode::kCreate).value();
+    std::vector<std::byte> bytes = pattern(kBytes, 1);
+    const iovec all{.iov_base = bytes.data(), .iov_len = bytes.size()};
+    constexpr int kDontCache = 0x80;  // Linux 6.14, and then it is up to the file system.
+    if (::pwritev2(file->descriptor(), &all, 1, 0, kDontCache) < 0) {
+        ASSERT_EQ(errno, EOPNOTSUPP);
+        GTEST_SKIP() << "no RWF_DONTCACHE here";
+    }
+    STELLARIUM_ASSERT_OK(write_all(*file, {all}, kBytes, Caching::kStream));
+    STELLARIUM_ASSERT_OK(write_all(*file, {all}, 2 * kBytes, Caching::kKeep));
+    STELLARIUM_ASSERT_OK(file->datasync());
+    const auto map = file->map(0, 3 * kBytes);  // Reads all of it.
+    STELLARIUM_ASSERT_OK(map);
+    EXPECT_EQ(std::memcmp((*map)->bytes().data() + kBytes, bytes.data(), kBytes), 0);
+    STELLARIUM_ASSERT_OK(write_all(*file, {all}, 3 * kBytes, Caching::kStream));
+    STELLARIUM_ASSERT_OK(file->datasync());
+    const auto resident = [&](size_t offset) {
+        void* const mapped = ::mmap(nullptr, kBytes, PROT_READ, MAP_SHARED, file->descriptor(),
+                                    static_cast<off_t>(offset));
+        std::vector<unsigned char> pages(kBytes / kPage);
+        EXPECT_EQ(::mincore(mapped, kBytes, pages.data()), 0);
+        ::munmap(mapped, kBytes);
+        return std::ranges::count_if(pages, [](unsigned char page) { return (page & 1U) != 0; });
+    };
+    EXPECT_GT(resident(2 * kBytes), 0);
+    // The kernel drops them when they are written, a moment after the sync has seen that.
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::minutes(1);
+    while (resident(3 * kBytes) > 0 && std::chrono::steady_clock::now() < deadline) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    EXPECT_EQ(resident(3 * kBytes), 0);
 }
 
 TEST_F(PosixTest, MappedMemoryOutlivesTheFileOnlyForReadMaps) {

@@ -382,7 +382,8 @@ class SimulatedFile final : public File {
         return ended(admission, from.size());
     }
 
-    Result<size_t> pwritev(std::span<const iovec> from, uint64_t offset_bytes) override {
+    Result<size_t> pwritev(std::span<const iovec> from, uint64_t offset_bytes,
+                           Caching /*caching*/) override {
         std::vector<std::byte> gathered;
         for (const iovec& part : from) {
             const auto* begin = static_cast<const std::byte*>(part.iov_base);
@@ -470,7 +471,6 @@ class SimulatedFile final : public File {
 
     void drop_cache(uint64_t /*offset_bytes*/, uint64_t /*length_bytes*/) override {}
     void read_ahead(uint64_t /*offset_bytes*/, uint64_t /*length_bytes*/) override {}
-    void start_writeback(uint64_t /*offset_bytes*/, uint64_t /*length_bytes*/) override {}
 
     Result<std::unique_ptr<MappedBytes>> map(uint64_t offset_bytes,
                                              uint64_t length_bytes) override {

@@ -11,6 +11,10 @@
 namespace stellarium::nebula {
 namespace {
 
+/// From this length on a batch is not kept in the page cache: who writes so much at once rarely
+/// reads it soon, and what guests read again and again stays.
+constexpr uint32_t kStreamedPages = kMiB / kPageBytes;
+
 iovec iovec_of(Bytes bytes) {
     // pwritev takes the iovec of preadv, and does not write through it.
     return {const_cast<std::byte*>(bytes.data()), bytes.size()};
@@ -365,7 +369,10 @@ Result<void> StoreImpl::write_batch(Plan& plan, std::span<const Unit> units,
     seal_batch(header_bytes);
 
     const uint64_t offset = uint64_t{active_.end_page} * kPageBytes;
-    if (auto written = io::write_all(*active_.file, std::move(buffers), offset); !written) {
+    const auto caching =
+        end_page - active_.end_page < kStreamedPages ? io::Caching::kKeep : io::Caching::kStream;
+    if (auto written = io::write_all(*active_.file, std::move(buffers), offset, caching);
+        !written) {
         // The batch is not there. Its bytes go now if they can; else the next batch of this segment
         // goes over them. Whatever takes its number, there or in the next segment, is acknowledged
         // only when that is durable: after a loss of power they would look like the log's last
