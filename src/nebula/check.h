@@ -46,6 +46,8 @@ struct Finding {
     Kind kind = Kind::kLog;
     /// Nothing has to be done: no damage, and no reason for an exit code.
     bool harmless = false;
+    /// A repair ends it, or puts on record what it is. What is lost comes back by no repair.
+    bool repairable = false;
     std::string what;                  ///< A sentence without full stop.
     std::string file;                  ///< "": no file in particular.
     std::optional<uint64_t> offset{};  ///< In the file.

@@ -180,7 +180,8 @@ Result<ScannedBatch> read_batch(io::File& file, const StoreId& store_id, uint32_
     batch.entries.reserve(view.entries.size());
 
     // The members of packs stand in the packs only. Without checking the data, packs alone are
-    // read.
+    // read. Where the file ends too early they are read as if zeros followed, as they do once a
+    // repair has put something behind them: what is left of a pack leads to what is left in it.
     std::vector<std::byte> data;
     std::deque<std::vector<std::byte>> packs;
     std::vector<Bytes> contents(view.entries.size());
@@ -197,8 +198,9 @@ Result<ScannedBatch> read_batch(io::File& file, const StoreId& store_id, uint32_
         const uint32_t data_page = page + view.header->header_pages.get();
         data.resize(size_t{batch.end_page - data_page} * kPageBytes);
         STELLARIUM_ASSIGN(const bool complete, read_or_note_end(data, data_page));
-        for (size_t i = 0; complete && i < view.entries.size(); ++i) {
-            if (skip_dead(dead, view.entries[i].page) != view.entries[i].page) {
+        for (size_t i = 0; i < view.entries.size(); ++i) {
+            if (skip_dead(dead, view.entries[i].page) != view.entries[i].page ||
+                (!complete && view.entries[i].entry_kind() != EntryKind::kPack)) {
                 continue;
             }
             contents[i] = Bytes(data).subspan(
@@ -211,11 +213,8 @@ Result<ScannedBatch> read_batch(io::File& file, const StoreId& store_id, uint32_
                 continue;
             }
             packs.emplace_back(view.entries[i].length);
-            STELLARIUM_ASSIGN(const bool complete,
-                              read_or_note_end(packs.back(), view.entries[i].page));
-            if (complete) {
-                contents[i] = packs.back();
-            }
+            STELLARIUM_TRY(read_or_note_end(packs.back(), view.entries[i].page));
+            contents[i] = packs.back();
         }
     }
     std::vector<Bytes> inputs;
@@ -232,17 +231,17 @@ Result<ScannedBatch> read_batch(io::File& file, const StoreId& store_id, uint32_
         const Entry& entry = view.entries[i];
         batch.entries.push_back(entry);
         if (contents[i].empty()) {
-            if (entry.entry_kind() == EntryKind::kPack && !batch.damage.empty() &&
-                skip_dead(dead, entry.page) == entry.page) {
-                batch.lost_members = batch.damage.front();
-            }
             continue;
         }
-        if (const Hash256& found = hashes[next_hash++]; found != entry.id) {
+        const Hash256& found = hashes[next_hash++];
+        if (found != entry.id) {
             batch.damage.push_back(mismatch(file.path(), entry, found));
         }
         if (entry.entry_kind() != EntryKind::kPack) {
             continue;
+        }
+        if (found != entry.id) {
+            batch.damaged_packs.push_back(entry.page);
         }
         // A damaged pack may still lead to members that are whole: each is checked when read.
         const auto pack = decode_pack(contents[i]);
@@ -474,6 +473,14 @@ Result<void> SegmentSet::insert_entry(Segment& segment, const Entry& entry) {
     segment.entries_ = std::move(entries);
     segment.in_memory_ = true;
     return {};
+}
+
+void SegmentSet::set_entries(Segment& segment, std::vector<Entry> entries) {
+    const std::unique_lock lock(segment.mutex_);
+    segment.entries_ = std::move(entries);
+    segment.in_memory_ = true;
+    segment.footer_ = nullptr;
+    segment.footer_entries_ = {};
 }
 
 std::vector<Entry> SegmentSet::entries_in_memory(const Segment& segment) const {

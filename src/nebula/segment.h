@@ -71,6 +71,7 @@ struct ScannedBatch {
     std::vector<Entry> entries;       ///< With the members of packs.
     std::vector<std::string> damage;  ///< One sentence for each chunk that does not match its id.
     std::string lost_members;  ///< Why the members of some pack are missing; empty: none are.
+    std::vector<uint32_t> damaged_packs;  ///< Pages of packs whose tables may be wrong or missing.
 };
 
 enum class DataCheck : uint8_t {
@@ -193,6 +194,9 @@ class SegmentSet {
     void append_entries(Segment& segment, std::span<const Entry> entries);
     /// Adds an entry that a salvage found, where it belongs among the others.
     Result<void> insert_entry(Segment& segment, const Entry& entry);
+    /// From now on these are the segment's entries, whatever its footer says. For salvage, before
+    /// anybody has marked any of them.
+    void set_entries(Segment& segment, std::vector<Entry> entries);
     /// A copy of all entries in memory, for writing a footer.
     std::vector<Entry> entries_in_memory(const Segment& segment) const;
     /// Forgets the entries in memory and maps the footer instead. False when there is no valid

@@ -190,6 +190,13 @@ Result<StoreImpl::SegmentScan> StoreImpl::scan_segment(Segment& segment) {
         scan.ends_whole = true;
         ++scan.batches;
         scan.entries.insert(scan.entries.end(), batch->entries.begin(), batch->entries.end());
+        for (const Entry& entry : batch->entries) {
+            if (entry.entry_kind() == EntryKind::kPack &&
+                std::ranges::find(batch->damaged_packs, entry.page.get()) !=
+                    batch->damaged_packs.end()) {
+                scan.damaged_packs.push_back({.page = entry.page, .pages = entry.pages()});
+            }
+        }
         at = batch->end_page;
         previous = std::move(*batch);
     }
@@ -213,8 +220,82 @@ bool StoreImpl::ends_early(uint32_t number, const SegmentScan& scan, uint32_t ne
            scan.batches > 0 && next.first_predecessor > scan.last_sequence;
 }
 
-void StoreImpl::report_scan(Segment& segment, const SegmentScan& scan, CheckCounts& counts,
-                            const std::function<void(Finding)>& report) {
+StoreImpl::FooterDifference StoreImpl::compare_footer(Segment& segment, const SegmentScan& scan) {
+    FooterDifference out;
+    if (!scan.has_footer) {
+        return out;
+    }
+    const auto lies_in = [](const Entry& entry, const PageRun& run) {
+        return entry.page.get() >= run.page && entry.page.get() < run.end();
+    };
+    const auto is_member_of = [&lies_in](const Entry& entry, const PageRun& pack) {
+        return entry.entry_kind() == EntryKind::kMember && lies_in(entry, pack);
+    };
+    // Where the footer knows members of a pack that does not match its id, the pack's own table is
+    // not asked.
+    std::vector<PageRun> better_in_footer;
+    std::ranges::copy_if(
+        scan.damaged_packs, std::back_inserter(better_in_footer), [&](const PageRun& pack) {
+            return std::ranges::any_of(
+                scan.footer_entries, [&](const Entry& entry) { return is_member_of(entry, pack); });
+        });
+    const auto footer_knows_better = [&](const Entry& entry) {
+        return std::ranges::any_of(better_in_footer,
+                                   [&](const PageRun& pack) { return is_member_of(entry, pack); });
+    };
+    std::ranges::copy_if(scan.entries, std::back_inserter(out.entries),
+                         [&](const Entry& entry) { return !footer_knows_better(entry); });
+    std::ranges::copy_if(
+        scan.footer_entries, std::back_inserter(out.entries), [&](const Entry& entry) {
+            return footer_knows_better(entry) ||
+                   std::ranges::any_of(scan.gaps,
+                                       [&](const Gap& gap) { return lies_in(entry, gap.run); });
+        });
+    std::ranges::sort(out.entries, before);
+    // A footer that was written after they died (by a repair) does not name them; batches do.
+    const std::vector<EntryPlace> dead_members = segments_->dead_parts(segment).members;
+    const auto live = [&](const std::vector<Entry>& all) {
+        std::vector<Entry> some;
+        std::ranges::copy_if(all, std::back_inserter(some), [&](const Entry& entry) {
+            const bool dead_member = entry.entry_kind() == EntryKind::kMember &&
+                                     std::ranges::binary_search(dead_members, place_of(entry));
+            return !segment.any_dead(entry.page, 1) && !dead_member;
+        });
+        std::ranges::sort(some, before);
+        return some;
+    };
+    std::ranges::set_symmetric_difference(live(out.entries), live(scan.footer_entries),
+                                          std::back_inserter(out.different), before);
+    return out;
+}
+
+Result<void> StoreImpl::report_footer(Segment& segment, const SegmentScan& scan,
+                                      const std::function<void(Finding)>& report) {
+    FooterDifference difference = compare_footer(segment, scan);
+    if (difference.different.empty()) {
+        return {};
+    }
+    const Entry& first = difference.different.front();
+    report({.kind = Finding::Kind::kFooter,
+            .repairable = true,
+            .what = fmt::format("the footer and the batches of a segment differ in {}",
+                                entries_text(difference.different.size())),
+            .file = segments_->path(segment.number()),
+            .offset = first.offset_bytes(),
+            .id = first.id,
+            .consequence = "chunks may not be found",
+            .advice = "--repair writes it anew"});
+    // What follows finds them, and a repair writes them.
+    std::vector<Entry> live;
+    segments_->set_entries(segment, std::move(difference.entries));
+    STELLARIUM_TRY(segments_->visit_live(segment, [&live](std::span<const Entry> entries) {
+        live.assign(entries.begin(), entries.end());
+    }));
+    return with_index([&] { return insert_entries(segment.number(), live, nullptr); });
+}
+
+Result<void> StoreImpl::report_scan(Segment& segment, const SegmentScan& scan, CheckCounts& counts,
+                                    const std::function<void(Finding)>& report) {
     const std::string path = segments_->path(segment.number());
     ++counts.segments;
     counts.batches += scan.batches;
@@ -222,15 +303,17 @@ void StoreImpl::report_scan(Segment& segment, const SegmentScan& scan, CheckCoun
     if (scan.is_foreign) {
         report(
             {.kind = Finding::Kind::kSegmentHeader,
+             .repairable = true,
              .what = "the file is no segment of this store, or another one: " + scan.header_problem,
              .file = path,
              .offset = 0,
              .consequence = "what was in the right file is lost",
              .advice = "put the right file in its place; --repair moves this one aside"});
-        return;
+        return {};
     }
     if (!scan.header_problem.empty()) {
         report({.kind = Finding::Kind::kSegmentHeader,
+                .repairable = true,
                 .what = "the header of a segment is damaged: " + scan.header_problem,
                 .file = path,
                 .offset = 0,
@@ -254,6 +337,7 @@ void StoreImpl::report_scan(Segment& segment, const SegmentScan& scan, CheckCoun
         }
         report(
             {.kind = Finding::Kind::kBatch,
+             .repairable = true,
              .what =
                  fmt::format("no valid batch in {}: {}", plural(gap.run.pages, "page"), gap.why),
              .file = path,
@@ -267,6 +351,7 @@ void StoreImpl::report_scan(Segment& segment, const SegmentScan& scan, CheckCoun
     if (!scan.footer_problem.empty()) {
         report({.kind = Finding::Kind::kFooter,
                 .harmless = segment.number() >= superblock_.log_segment,
+                .repairable = true,
                 .what = "the footer of a segment is damaged: " + scan.footer_problem,
                 .file = path,
                 .offset =
@@ -275,41 +360,7 @@ void StoreImpl::report_scan(Segment& segment, const SegmentScan& scan, CheckCoun
                 .advice = "--repair writes it anew"});
     }
     if (scan.has_footer) {
-        // Both lists, without what is dead and what only the footer can know.
-        const auto in_gap = [&scan](const Entry& entry) {
-            return std::ranges::any_of(scan.gaps, [&entry](const Gap& gap) {
-                return entry.page.get() >= gap.run.page && entry.page.get() < gap.run.end();
-            });
-        };
-        // A footer that was written after they died (by a repair) does not name them; batches do.
-        const std::vector<EntryPlace> dead_members = segments_->dead_parts(segment).members;
-        const auto is_dead_member = [&dead_members](const Entry& entry) {
-            return entry.entry_kind() == EntryKind::kMember &&
-                   std::ranges::binary_search(dead_members, place_of(entry));
-        };
-        const auto live = [&](const std::vector<Entry>& all) {
-            std::vector<Entry> some;
-            std::ranges::copy_if(all, std::back_inserter(some), [&](const Entry& entry) {
-                return !segment.any_dead(entry.page, 1) && !is_dead_member(entry) && !in_gap(entry);
-            });
-            std::ranges::sort(some, before);
-            return some;
-        };
-        const std::vector<Entry> by_batches = live(scan.entries);
-        const std::vector<Entry> by_footer = live(scan.footer_entries);
-        std::vector<Entry> different;
-        std::ranges::set_symmetric_difference(by_batches, by_footer, std::back_inserter(different),
-                                              before);
-        if (!different.empty()) {
-            report({.kind = Finding::Kind::kFooter,
-                    .what = fmt::format("the footer and the batches of a segment differ in {}",
-                                        entries_text(different.size())),
-                    .file = path,
-                    .offset = different.front().offset_bytes(),
-                    .id = different.front().id,
-                    .consequence = "chunks may not be found",
-                    .advice = "--repair writes it anew"});
-        }
+        STELLARIUM_TRY(report_footer(segment, scan, report));
     }
     uint64_t beyond = 0;
     std::optional<Entry> first_beyond;
@@ -323,6 +374,7 @@ void StoreImpl::report_scan(Segment& segment, const SegmentScan& scan, CheckCoun
     }
     if (first_beyond) {
         report({.kind = Finding::Kind::kChunk,
+                .repairable = true,
                 .what = fmt::format("the file ends before {} of it", entries_text(beyond)),
                 .file = path,
                 .offset = first_beyond->offset_bytes(),
@@ -330,6 +382,7 @@ void StoreImpl::report_scan(Segment& segment, const SegmentScan& scan, CheckCoun
                 .consequence = "they cannot be read",
                 .advice = "restore the file from a backup if there is one"});
     }
+    return {};
 }
 
 bool StoreImpl::is_behind_log(uint32_t number) const {
@@ -369,6 +422,7 @@ Result<void> StoreImpl::check_new_entries(Segment& segment,
         }
         segments_->add_damaged(segment, entry);
         report({.kind = Finding::Kind::kChunk,
+                .repairable = true,
                 .what = read.error().message(),
                 .file = segments_->path(segment.number()),
                 .offset = entry.offset_bytes(),
@@ -386,6 +440,7 @@ Result<void> StoreImpl::check_index(const std::function<void(Finding)>& report) 
             return whole;
         }
         report({.kind = Finding::Kind::kIndex,
+                .repairable = true,
                 .what = "a part of the index is damaged: " + whole.error().message(),
                 .file = path,
                 .consequence = "opening the store takes longer; nothing is lost",
@@ -433,6 +488,7 @@ Result<void> StoreImpl::check_index(const std::function<void(Finding)>& report) 
         missing += lost.size();
         if (!lost.empty() && !first) {
             first = Finding{.kind = Finding::Kind::kIndex,
+                            .repairable = true,
                             .what = {},
                             .file = path,
                             .id = lost.front().id,
@@ -466,6 +522,7 @@ Result<void> StoreImpl::check_index(const std::function<void(Finding)>& report) 
     }));
     if (nowhere > 0) {
         report({.kind = Finding::Kind::kIndex,
+                .repairable = true,
                 .what = fmt::format("{} of the index lead{} to where nothing begins, the first to "
                                     "{} at offset {}",
                                     entries_text(nowhere), nowhere == 1 ? "s" : "",
@@ -506,8 +563,10 @@ Result<void> StoreImpl::check_data(const CheckOptions& options, CheckCounts& cou
         }
         STELLARIUM_ASSIGN(const ScrubStep step,
                           scrub(from, kDataStepBytes, [&](const DamagedChunk& chunk) {
+                              const bool is_known = known.contains({chunk.address, chunk.id});
                               report({.kind = Finding::Kind::kChunk,
-                                      .harmless = known.contains({chunk.address, chunk.id}),
+                                      .harmless = is_known,
+                                      .repairable = !is_known,
                                       .what = chunk.reason,
                                       .file = segments_->path(chunk.address.segment()),
                                       .offset = chunk.address.offset_bytes(),
@@ -551,13 +610,14 @@ Result<CheckCounts> StoreImpl::check(const CheckOptions& options,
             continue;
         }
         STELLARIUM_ASSIGN(SegmentScan scan, std::move(looked));
-        report_scan(segment, scan, counts, report);
+        STELLARIUM_TRY(report_scan(segment, scan, counts, report));
         foreign += scan.is_foreign ? 1 : 0;
         // Behind the checkpoint that is for recovery to say.
         if (previous && segment.number() <= superblock_.log_segment &&
             ends_early(previous_number, *previous, segment.number(), scan)) {
             report(
                 {.kind = Finding::Kind::kBatch,
+                 .repairable = true,
                  .what = fmt::format("the file ends after batch {}, and the next one begins with "
                                      "the one after batch {}",
                                      previous->last_sequence, scan.first_predecessor),

@@ -226,6 +226,12 @@ class StoreImpl final : public SalvagedStore {
         std::vector<std::string> problems;  ///< Batches that do not follow each other.
         std::vector<Entry> entries;         ///< Of the batches, members of packs included.
         std::vector<Entry> footer_entries;
+        std::vector<PageRun> damaged_packs;  ///< Whose members the footer knows better.
+    };
+    /// What a good footer and the batches say together, where they do not say the same.
+    struct FooterDifference {
+        std::vector<Entry> entries;    ///< All that the segment holds.
+        std::vector<Entry> different;  ///< In one of them only; empty: they agree.
     };
 
     // Opening.
@@ -239,11 +245,14 @@ class StoreImpl final : public SalvagedStore {
     // Salvage.
     void note(Finding finding) { open_findings_.push_back(std::move(finding)); }
     Result<SegmentScan> scan_segment(Segment& segment);
+    FooterDifference compare_footer(Segment& segment, const SegmentScan& scan);
     /// True when batches are missing between the end of a segment and the beginning of the next.
     bool ends_early(uint32_t number, const SegmentScan& scan, uint32_t next_number,
                     const SegmentScan& next) const;
-    void report_scan(Segment& segment, const SegmentScan& scan, CheckCounts& counts,
-                     const std::function<void(Finding)>& report);
+    Result<void> report_scan(Segment& segment, const SegmentScan& scan, CheckCounts& counts,
+                             const std::function<void(Finding)>& report);
+    Result<void> report_footer(Segment& segment, const SegmentScan& scan,
+                               const std::function<void(Finding)>& report);
     /// Nothing proves that this segment's batches were ever acknowledged.
     bool is_behind_log(uint32_t number) const;
     Result<void> check_new_entries(Segment& segment, const std::function<void(Finding)>& report);
@@ -261,8 +270,14 @@ class StoreImpl final : public SalvagedStore {
     Result<void> rebuild_index();
     Result<void> count_anew();
     Result<void> publish_repair(Bytes payload);
-    Result<void> rewrite_metadata(Segment& segment, const SegmentScan& scan, bool lost_end,
-                                  RepairReport& report);
+    /// A segment whose metadata is written anew, or which is moved aside.
+    struct Rewrite {
+        Segment* segment = nullptr;
+        SegmentScan scan;
+        bool lost_end = false;
+        bool footer_differs = false;  ///< From the batches.
+    };
+    Result<void> rewrite_metadata(const Rewrite& rewrite, RepairReport& report);
 
     // Finding.
     Result<std::optional<Found>> confirm(const ChunkId& id, PageAddress address, Want want);

@@ -200,11 +200,12 @@ Result<void> StoreImpl::publish_repair(Bytes payload) {
     return {};
 }
 
-Result<void> StoreImpl::rewrite_metadata(Segment& segment, const SegmentScan& scan, bool lost_end,
-                                         RepairReport& report) {
+Result<void> StoreImpl::rewrite_metadata(const Rewrite& rewrite, RepairReport& report) {
+    Segment& segment = *rewrite.segment;
+    const SegmentScan& scan = rewrite.scan;
     const bool header = !scan.header_problem.empty();
     // Where the footer is whole it names what is dead by now, too.
-    const bool footer = !scan.has_footer && scan.batches > 0;
+    const bool footer = rewrite.footer_differs || (!scan.has_footer && scan.batches > 0);
     if (!header && !footer) {
         return {};
     }
@@ -221,14 +222,22 @@ Result<void> StoreImpl::rewrite_metadata(Segment& segment, const SegmentScan& sc
         STELLARIUM_TRY(segments_->visit_live(segment, [&](std::span<const Entry> live) {
             entries.assign(live.begin(), live.end());
         }));
-        // Behind what was cut off, too: that is a hole then, and matches no id.
-        const uint32_t footer_page = std::max(scan.file_pages, scan.end_page) + (lost_end ? 1 : 0);
-        if (footer_page + footer_pages(entries.size()) <= kSegmentPages) {
+        // In place of the one that is there; or behind what was cut off, too: that is a hole then,
+        // and matches no id.
+        const uint32_t footer_page =
+            rewrite.footer_differs
+                ? scan.end_of_file
+                : std::max(scan.file_pages, scan.end_page) + (rewrite.lost_end ? 1 : 0);
+        const uint32_t end_page = footer_page + footer_pages(entries.size());
+        if (end_page <= kSegmentPages) {
             const std::vector<std::byte> bytes =
                 encode_footer(store_id_, segment.number(), footer_page, entries,
                               scan.first_sequence, scan.last_sequence);
             STELLARIUM_TRY(io::write_all(*file, Bytes(bytes), uint64_t{footer_page} * kPageBytes));
+            STELLARIUM_TRY(file->truncate(uint64_t{end_page} * kPageBytes));
             ++report.footers;
+        } else if (rewrite.footer_differs) {
+            STELLARIUM_TRY(file->truncate(uint64_t{footer_page} * kPageBytes));
         }
     }
     if (auto synced = file->datasync(); !synced) {
@@ -241,12 +250,6 @@ Result<void> StoreImpl::rewrite_metadata(Segment& segment, const SegmentScan& sc
 Result<RepairReport> StoreImpl::repair(Bytes payload) {
     STELLARIUM_TRY(check_writable());
     RepairReport report;
-    /// A segment whose metadata is written anew, or which is moved aside.
-    struct Rewrite {
-        Segment* segment = nullptr;
-        SegmentScan scan;
-        bool lost_end = false;
-    };
     std::vector<Rewrite> rewrites;
     const std::vector<Segment*> segments = segments_->all();
     std::optional<SegmentScan> next;
@@ -268,12 +271,16 @@ Result<RepairReport> StoreImpl::repair(Bytes payload) {
             STELLARIUM_ASSIGN(next, scan_segment(*segments[i + 1]));
             lost_end = ends_early(segment->number(), scan, segments[i + 1]->number(), *next);
         }
+        const bool footer_differs = !compare_footer(*segment, scan).different.empty();
         STELLARIUM_TRY(evacuate(*segment, scan, lost_end, report));
-        if (!segment->reclaim.whole &&
-            (!scan.header_problem.empty() || (!scan.has_footer && scan.batches > 0))) {
+        if (!segment->reclaim.whole && (!scan.header_problem.empty() || footer_differs ||
+                                        (!scan.has_footer && scan.batches > 0))) {
             scan.entries.clear();
             scan.footer_entries.clear();
-            rewrites.push_back({.segment = segment, .scan = std::move(scan), .lost_end = lost_end});
+            rewrites.push_back({.segment = segment,
+                                .scan = std::move(scan),
+                                .lost_end = lost_end,
+                                .footer_differs = footer_differs});
         }
     }
     STELLARIUM_TRY(rebuild_index());
@@ -286,7 +293,7 @@ Result<RepairReport> StoreImpl::repair(Bytes payload) {
             STELLARIUM_TRY(files_.sync_directory(join_path(directory_, kSegmentsName)));
             continue;
         }
-        if (auto done = rewrite_metadata(*rewrite.segment, rewrite.scan, rewrite.lost_end, report);
+        if (auto done = rewrite_metadata(rewrite, report);
             !done && done.error().code() != ErrorCode::kNoSpace) {
             return std::unexpected(std::move(done).error());
         }

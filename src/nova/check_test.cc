@@ -414,6 +414,69 @@ TEST(Fsck, AFooterThatIsWrittenAfterObjectsOfPacksDiedIsInOrder) {
     EXPECT_GT(tried, 0U) << "no object died in a pack that is needed";
 }
 
+TEST(Fsck, AFileThatEndsWithinItsLastBatchIsRepaired) {
+    uint64_t cuts = 0;
+    for (const Sample* sample : {&closed_sample(), &open_sample()}) {
+        const auto whole = sample->copy();
+        const uint32_t number = newest_slot(*whole).last_segment;
+        const std::string path = segment_path(number);
+        const Content bytes = bytes_of_file(*whole, path);
+        // The last one that has a pack.
+        std::vector<nebula::ScannedBatch> batches = batches_of(*whole, number);
+        std::erase_if(batches, [](const nebula::ScannedBatch& batch) {
+            return std::ranges::none_of(batch.entries, [](const nebula::Entry& entry) {
+                return entry.entry_kind() == nebula::EntryKind::kMember;
+            });
+        });
+        ASSERT_FALSE(batches.empty());
+        for (uint64_t end = batches.back().page * kPage; end < bytes.size(); end += 1000) {
+            ++cuts;
+            const auto machine = sample->copy();
+            put_file(*machine, path, Content(bytes.begin(), bytes.begin() + ptrdiff_t(end)));
+            expect_repaired(*sample, *machine, fmt::format("{} ends at {}", path, end),
+                            /*must_be_found=*/false);
+            if (HasFailure()) {
+                return;
+            }
+        }
+    }
+    EXPECT_GT(cuts, 8U);
+}
+
+TEST(Fsck, APackWhoseTableRotsIsRepaired) {
+    const Sample& sample = closed_sample();
+    const auto whole = sample.copy();
+    const uint64_t step = std::max<uint64_t>(1, 40 / scaled(40, 8));
+    uint64_t packs = 0;
+    for (const std::string& path : files_of(*whole)) {
+        const auto number = nebula::parse_segment_file_name(path.substr(path.rfind('/') + 1));
+        if (!number) {
+            continue;
+        }
+        for (const nebula::ScannedBatch& batch : batches_of(*whole, *number)) {
+            for (const nebula::Entry& entry : batch.entries) {
+                if (entry.entry_kind() != nebula::EntryKind::kPack || packs++ % step != 0) {
+                    continue;
+                }
+                // Its header, the id of its first object, that object's place, and its content.
+                const uint64_t content =
+                    sizeof(nebula::PackHeader) + sizeof(nebula::PackEntry) + 20;
+                for (const uint64_t within : {uint64_t{1}, uint64_t{20}, uint64_t{48}, content}) {
+                    const auto machine = sample.copy();
+                    machine->files().damage(path, entry.offset_bytes() + within, 1, within);
+                    expect_repaired(sample, *machine,
+                                    fmt::format("{} at {}", path, entry.offset_bytes() + within),
+                                    /*must_be_found=*/false);
+                    if (HasFailure()) {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+    EXPECT_GT(packs, 4U);
+}
+
 TEST(Fsck, EveryHeaderThatRotsIsFound) {
     for (const Sample* sample : {&closed_sample(), &open_sample()}) {
         const auto whole = sample->copy();
