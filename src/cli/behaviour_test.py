@@ -580,6 +580,11 @@ class Holding(TestCase):
         s.ok("image", "export", "x", "out.raw")
         self.assertEqual((s.folder / "out.raw").read_bytes(), b"precious" * 50_000)
         self.assert_fails(s.run("volume", "create", "v", "--size", "1MiB"), "read_only")
+        self.assertIn("all is well", s.ok("fsck").out)
+        refused = s.run("fsck", "--repair")
+        self.assert_fails(refused, "read_only", str(s.path))
+        self.assertIn("cannot be repaired", refused.err)
+        self.assertIn("copy", refused.err)
 
     def test_rot_is_not_taken_for_a_torn_end(self):
         s = self.store()
@@ -897,6 +902,57 @@ class Fsck(TestCase):
         self.assertEqual(self.fsck(s, "--data")[0], 0)
         s.ok("volume", "export", "v", "v.raw")
         self.assertEqual((s.folder / "v.raw").read_bytes()[:len(content)], content)
+
+    def test_what_made_the_store_read_only_is_repaired_and_then_healed(self):
+        s, content = self.filled()
+        # Behind the last checkpoint, and known to have been durable.
+        self.flip(s.path / "segments" / "0000001.seg", 100_000)
+        refused = s.run("image", "import", "again", "-", data=content)
+        self.assert_fails(refused, "read_only", "fsck --repair")
+        self.assertIn("fsck --repair", s.ok("status").out)
+        self.assertIn("--repair repairs what can be", s.run("fsck").err)
+        repaired = s.run("fsck", "--repair")
+        self.assertEqual(repaired.code, EXIT["corrupt"])
+        self.assertIn("lost: image 'i'", repaired.out)
+        self.assertIn("no repair ends", repaired.err)
+        # Nothing but lost content is left: there is nothing to repair, and nothing is written.
+        before = self.everything(s)
+        for words in ([], ["--repair"]):
+            again = s.run("fsck", *words)
+            self.assertEqual(again.code, EXIT["corrupt"])
+            self.assertIn("no repair ends", again.err)
+            self.assertNotIn("repairs what can be", again.err)
+        self.assertEqual({path: data for path, (data, _) in self.everything(s).items()
+                          if path.name != "lock"},
+                         {path: data for path, (data, _) in before.items()
+                          if path.name != "lock"})
+        s.ok("image", "import", "again", "-", data=content)
+        self.assertIn("all is well", s.ok("fsck", "--data").out)
+        s.ok("volume", "export", "v", "v.raw")
+        self.assertEqual((s.folder / "v.raw").read_bytes()[:len(content)], content)
+
+    def test_what_is_missing_is_damage(self):
+        s, _ = self.filled()
+        segment = s.path / "segments" / "0000001.seg"
+        aside = s.folder / "aside.seg"
+        segment.rename(aside)
+        code, report = self.fsck(s)
+        self.assertEqual((code, report["damaged"]), (EXIT["corrupt"], True))
+        segment.touch()  # As what a file system check leaves.
+        code, report = self.fsck(s)
+        self.assertEqual(code, EXIT["corrupt"])
+        self.assertFalse(any(f["consequence"].startswith("none") for f in report["findings"]
+                             if f["file"] == str(segment)), report["findings"])
+        segment.unlink()
+        segment.parent.rmdir()
+        for words in ([], ["--repair"]):
+            code, report = self.fsck(s, *words)
+            self.assertEqual((code, report["usable"]), (EXIT["corrupt"], False))
+            self.assertIn("segments", s.run("fsck", *words).out)
+        self.assert_fails(s.run("image", "ls"), "corrupt", "segments")
+        segment.parent.mkdir()
+        aside.rename(segment)
+        self.assertIn("all is well", s.ok("fsck", "--data").out)
 
     def test_lost_changes_make_volumes_unknown_until_they_are_gone(self):
         s, content = self.filled()

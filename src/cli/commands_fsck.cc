@@ -24,6 +24,7 @@ Json json_of(const std::vector<nebula::Finding>& findings) {
         list.push_back(
             Json{{"kind", to_string(finding.kind)},
                  {"harmless", finding.harmless},
+                 {"repairable", finding.repairable},
                  {"what", finding.what},
                  {"file", finding.file.empty() ? Json(nullptr) : Json(finding.file)},
                  {"offset_bytes", finding.offset ? Json(*finding.offset) : Json(nullptr)},
@@ -52,6 +53,7 @@ Json json_of(const nova::CheckReport& report, const std::string& directory) {
     }
     return Json{{"store", directory},
                 {"damaged", report.damaged()},
+                {"repairable", report.repairable()},
                 {"usable", report.usable},
                 {"findings", json_of(report.findings)},
                 {"lost", lost},
@@ -158,6 +160,14 @@ Result<void> check_store(Context& context, const Arguments& arguments) {
             return std::unexpected(checked.error().with_context(
                 fmt::format("{} is in use: stop its daemon, or repair a copy of it", directory)));
         }
+        if (arguments.repair && (checked.error().code() == ErrorCode::kReadOnly ||
+                                 checked.error().code() == ErrorCode::kPermissionDenied)) {
+            return std::unexpected(checked.error().with_context(fmt::format(
+                "{} cannot be repaired, because this process cannot write there (fsck without "
+                "--repair can look all the same): mount its file system for writing, run this as "
+                "the store's owner, or repair a copy of it",
+                directory)));
+        }
         return std::unexpected(checked.error());
     }
     Output& out = context.out();
@@ -170,15 +180,15 @@ Result<void> check_store(Context& context, const Arguments& arguments) {
     if (!checked->damaged()) {
         return {};
     }
+    const std::string_view rest = checked->repairable() ? "; --repair repairs what can be"
+                                  : arguments.repair    ? " left, which no repair ends"
+                                                        : "; no repair ends that";
     uint64_t damages = 0;
     for (const nebula::Finding& finding : checked->findings) {
         damages += finding.harmless ? 0 : 1;
     }
     return fail(ErrorCode::kCorrupt,
-                fmt::format("{} is damaged: {}{}", directory, plural(damages, "finding"),
-                            arguments.repair  ? " left"
-                            : checked->usable ? "; --repair repairs what can be"
-                                              : ""));
+                fmt::format("{} is damaged: {}{}", directory, plural(damages, "finding"), rest));
 }
 
 }  // namespace stellarium::cli

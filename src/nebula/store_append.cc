@@ -451,6 +451,10 @@ Result<void> StoreImpl::start_segment() {
                     fmt::format("the store {} has used all {} segment numbers", directory_,
                                 PageAddress::kMaxSegment));
     }
+    if (std::exchange(segments_missing_, false)) {
+        STELLARIUM_TRY(files_.make_directory(join_path(directory_, kSegmentsName)));
+        STELLARIUM_TRY(files_.sync_directory(directory_));
+    }
     const uint32_t number = last_segment_ + 1;
     const std::string path = segments_->path(number);
     // kCreate: the remains of an attempt that failed may be there.

@@ -312,13 +312,18 @@ Result<void> StoreImpl::report_scan(Segment& segment, const SegmentScan& scan, C
         return {};
     }
     if (!scan.header_problem.empty()) {
+        // Emptied, or cut off within its first page.
+        const bool nothing_left = scan.batches == 0 && !scan.has_footer && scan.file_pages < 2;
         report({.kind = Finding::Kind::kSegmentHeader,
                 .repairable = true,
                 .what = "the header of a segment is damaged: " + scan.header_problem,
                 .file = path,
                 .offset = 0,
-                .consequence = "none: all that it says is known",
-                .advice = "--repair writes it anew"});
+                .consequence = nothing_left ? "all that was in the file is lost"
+                                            : "none: all that it says is known",
+                .advice = nothing_left ? "restore the file from a backup if there is one; --repair "
+                                         "gives it up"
+                                       : "--repair writes it anew"});
     }
     for (const std::string& problem : scan.problems) {
         report({.kind = Finding::Kind::kBatch,
@@ -639,6 +644,15 @@ Result<CheckCounts> StoreImpl::check(const CheckOptions& options,
         return fail(ErrorCode::kCorrupt,
                     fmt::format("{} is that of another store: none of the segments is of store {}",
                                 join_path(directory_, kSuperblockName), to_hex(store_id_)));
+    }
+    if (counts.batches == 0 && superblock_.durable_sequence > 0 && superblock_.payload_bytes == 0) {
+        // A repair would make an empty store of it, and of what is put back later a heap of chunks.
+        return fail(
+            ErrorCode::kCorrupt,
+            fmt::format("nothing is left in {} of {} batches that were durable, and there "
+                        "is no checkpoint: put the segments back, or restore the store "
+                        "from a backup",
+                        join_path(directory_, kSegmentsName), superblock_.durable_sequence.get()));
     }
     STELLARIUM_TRY(check_index(report));
     if (options.data || dead_map_lost_) {

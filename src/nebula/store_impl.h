@@ -48,6 +48,10 @@ namespace stellarium::nebula {
 inline constexpr std::string_view kNewSuperblockName = "superblock.new";
 inline constexpr std::string_view kLockName = "lock";
 inline constexpr std::string_view kSegmentsName = "segments";
+/// What ends it that a damaged store is read-only.
+inline constexpr std::string_view kHowToRepair =
+    "'stellarctl fsck --repair', while no daemon has the store, says what is lost and makes it "
+    "writable again";
 
 inline std::string join_path(const std::string& directory, std::string_view name) {
     return fmt::format("{}/{}", directory, name);
@@ -446,6 +450,7 @@ class StoreImpl final : public SalvagedStore {
     uint32_t last_found_segment_ = 0;                ///< Those above it are made by the salvage.
     std::map<uint32_t, std::vector<PageRun>> gaps_;  ///< By segment, as check() found them.
     bool gaps_searched_ = false;
+    bool segments_missing_ = false;  ///< The folder: made again with the first segment.
     std::unordered_map<ChunkId, GapContent, Hash256Hasher> gap_contents_;
 };
 

@@ -225,6 +225,7 @@ Result<void> StoreImpl::read_superblock() {
             damage.push_back(slot.error().message());
             superblock_copies_differ_ = true;
             note({.kind = Finding::Kind::kSuperblock,
+                  .repairable = true,
                   .what = "a copy of the superblock is damaged: " + slot.error().message(),
                   .file = path,
                   .offset = offset,
@@ -252,6 +253,7 @@ Result<void> StoreImpl::read_superblock() {
         // not over the one that is.
         const uint64_t generation = newest->generation + 1;
         note({.kind = Finding::Kind::kSuperblock,
+              .repairable = true,
               .what = fmt::format("the newest checkpoint, at batch {}, cannot be used; the one "
                                   "before it, at batch {}, and the log behind that are",
                                   newest->sequence.get(), older->sequence.get()),
@@ -288,7 +290,24 @@ Result<void> StoreImpl::read_superblock() {
 
 Result<void> StoreImpl::open_segments() {
     const std::string directory = join_path(directory_, kSegmentsName);
-    STELLARIUM_ASSIGN(const auto entries, files_.list(directory));
+    STELLARIUM_ASSIGN(const bool there, files_.exists(directory));
+    std::vector<io::DirectoryEntry> entries;
+    if (there) {
+        STELLARIUM_ASSIGN(entries, files_.list(directory));
+    } else if (salvage_ == Salvage::kNone || superblock_.durable_sequence > 0) {
+        return fail(ErrorCode::kCorrupt,
+                    fmt::format("{} is missing, the folder of all content: put it back, or restore "
+                                "the store from a backup",
+                                directory));
+    } else {
+        segments_missing_ = true;
+        note({.kind = Finding::Kind::kLog,
+              .repairable = true,
+              .what = "the folder of all content is missing",
+              .file = directory,
+              .consequence = "the store cannot be opened; nothing was in it yet",
+              .advice = "--repair makes it anew"});
+    }
     std::vector<uint32_t> numbers;
     for (const io::DirectoryEntry& entry : entries) {
         const auto number = parse_segment_file_name(entry.name);
@@ -307,7 +326,7 @@ Result<void> StoreImpl::open_segments() {
         }
     }
     const bool may_write = writable_.load();
-    if (may_write) {
+    if (may_write && there) {
         STELLARIUM_TRY(files_.sync_directory(directory));
     }
     STELLARIUM_ASSIGN(RecoveredLog log,
@@ -335,6 +354,7 @@ Result<void> StoreImpl::apply_recovery(RecoveredLog& log) {
     if (salvage_ != Salvage::kNone) {
         for (const std::string& sentence : log.damage) {
             note({.kind = Finding::Kind::kLog,
+                  .repairable = true,
                   .what = sentence,
                   .file = join_path(directory_, kSegmentsName),
                   .consequence = log.records_lost
@@ -351,10 +371,11 @@ Result<void> StoreImpl::apply_recovery(RecoveredLog& log) {
         for (const std::string& sentence : log.damage) {
             warn(sentence);
         }
-        set_read_only(fmt::format("it is damaged: {}{}", log.damage.front(),
+        set_read_only(fmt::format("it is damaged: {}{}; {}", log.damage.front(),
                                   log.damage.size() == 1
                                       ? std::string()
-                                      : fmt::format(" (and {} more)", log.damage.size() - 1)));
+                                      : fmt::format(" (and {} more)", log.damage.size() - 1),
+                                  kHowToRepair));
     }
     if (writable_.load()) {
         // What was never acknowledged must be gone for good before anything new is appended: a
@@ -420,6 +441,7 @@ Result<void> StoreImpl::open_index() {
             warn(fmt::format("{}; the index is rebuilt from the segments",
                              opened.error().message()));
             note({.kind = Finding::Kind::kIndex,
+                  .repairable = true,
                   .what = "the index cannot be used: " + opened.error().message(),
                   .file = path,
                   .consequence = "opening the store takes longer; nothing is lost",

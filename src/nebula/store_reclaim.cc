@@ -51,6 +51,7 @@ Result<void> StoreImpl::open_dead_map() {
         if (salvage_ != Salvage::kNone) {
             dead_map_lost_ = true;
             note({.kind = Finding::Kind::kDeadMap,
+                  .repairable = true,
                   .what = reason,
                   .file = path,
                   .consequence = "the store opens read-only: what was freed would be taken for "
@@ -59,7 +60,7 @@ Result<void> StoreImpl::open_dead_map() {
                             "its id"});
             return {};
         }
-        set_read_only(reason);
+        set_read_only(fmt::format("{}; {}", reason, kHowToRepair));
         return {};
     }
     for (const auto& [number, segment] : read->segments) {

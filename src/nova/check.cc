@@ -65,6 +65,7 @@ class SalvageSink final : public nebula::ReplaySink {
             }
         }
         findings_.push_back({.kind = Finding::Kind::kLog,
+                             .repairable = true,
                              .what = fmt::format("a change in batch {} cannot be made: {}",
                                                  sequence, applied.error().message()),
                              .file = {},
@@ -85,6 +86,7 @@ class SalvageSink final : public nebula::ReplaySink {
     }
     void say_renamed(const std::string& name, const std::string& now) {
         findings_.push_back({.kind = Finding::Kind::kLog,
+                             .repairable = true,
                              .what = fmt::format("'{}' is the name of two, because a change of "
                                                  "names is missing: the newer one is '{}'",
                                                  name, now),
@@ -190,7 +192,7 @@ class Walk {
     void note_bad(const ChunkId& id, bool is_node, const Error& error,
                   std::optional<nebula::PageAddress> hint);
     static std::string consequence_of(const Bad& bad);
-    void say_bad();
+    Result<void> say_bad();
     Result<void> look_up_known();
 
     SalvagedStore& store_;
@@ -306,7 +308,15 @@ Result<void> Walk::walk_entity(const Entity& entity) {
     return {};
 }
 
-void Walk::say_bad() {
+Result<void> Walk::say_bad() {
+    // What the walk found rotten is known from now on, which a repair puts on record.
+    absl::flat_hash_set<Hash256, Hash256Hasher> newly_known;
+    STELLARIUM_ASSIGN(const auto known, store_.damaged());
+    for (const nebula::DamagedChunk& chunk : known) {
+        if (!damaged_.contains(chunk.id)) {
+            newly_known.insert(chunk.id);
+        }
+    }
     // What the store has found already is told of there, once.
     absl::flat_hash_set<Hash256, Hash256Hasher> told;
     std::erase_if(report_.findings, [&told](const Finding& finding) {
@@ -354,6 +364,7 @@ void Walk::say_bad() {
         const std::string_view what = bad.is_node ? "a tree node" : "a chunk";
         report_.findings.push_back(
             {.kind = bad.is_node ? Finding::Kind::kObject : Finding::Kind::kChunk,
+             .repairable = newly_known.contains(id),
              .what = fmt::format("{} cannot be read: {}", what, bad.why),
              .file = bad.file,
              .offset = bad.offset,
@@ -370,6 +381,7 @@ void Walk::say_bad() {
              .consequence = "see the list of lost ranges",
              .advice = std::string(kRestore)});
     }
+    return {};
 }
 
 Result<void> Walk::look_up_known() {
@@ -399,8 +411,7 @@ Result<void> Walk::run() {
         STELLARIUM_TRY(walk_entity(*entity));
     }
     report_.nodes = finder_.nodes_read();
-    say_bad();
-    return {};
+    return say_bad();
 }
 
 // --- The whole -----------------------------------------------------------------------------------
@@ -503,12 +514,15 @@ Result<CheckReport> PoolCheck::run(bool repair) {
         if (opened.error().code() != ErrorCode::kCorrupt) {
             return std::unexpected(opened.error());
         }
+        const std::string segments = directory_ + "/segments";
+        STELLARIUM_ASSIGN(const bool there, env_.files->exists(segments));
         report.findings.push_back(
-            {.kind = Finding::Kind::kSuperblock,
+            {.kind = there ? Finding::Kind::kSuperblock : Finding::Kind::kLog,
              .what = opened.error().message(),
-             .file = fmt::format("{}/{}", directory_, nebula::kSuperblockName),
+             .file = there ? fmt::format("{}/{}", directory_, nebula::kSuperblockName) : segments,
              .consequence = "the pool cannot be opened, and nothing more of it checked",
-             .advice = "restore the file from a backup of the same store"});
+             .advice = there ? "restore what is missing from a backup of the same store"
+                             : "put the folder back, or restore the store from a backup"});
         report.usable = false;
         return report;
     }
@@ -519,7 +533,7 @@ Result<CheckReport> PoolCheck::run(bool repair) {
     SalvageSink sink(*salvaged.catalog, report.findings);
     STELLARIUM_TRY(salvaged.store->replay(sink));
     STELLARIUM_TRY(Walk(*salvaged.store, *salvaged.catalog, options_.check, report).run());
-    if (repair && report.damaged()) {
+    if (repair && report.repairable()) {
         STELLARIUM_ASSIGN(const std::vector<std::byte> payload,
                           Catalog::save(*salvaged.store, salvaged.catalog->freeze()));
         STELLARIUM_ASSIGN(report.repair, salvaged.store->repair(payload));
@@ -532,6 +546,12 @@ Result<CheckReport> PoolCheck::run(bool repair) {
 
 bool CheckReport::damaged() const {
     return std::ranges::any_of(findings, [](const Finding& finding) { return !finding.harmless; });
+}
+
+bool CheckReport::repairable() const {
+    return usable && std::ranges::any_of(findings, [](const Finding& finding) {
+               return !finding.harmless && finding.repairable;
+           });
 }
 
 Result<CheckReport> check_pool(const io::Env& env, const std::string& directory,

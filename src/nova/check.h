@@ -63,6 +63,8 @@ struct CheckReport {
 
     /// Something is wrong that is not harmless.
     bool damaged() const;
+    /// And some of it is such that a repair has something to do.
+    bool repairable() const;
 };
 
 Result<CheckReport> check_pool(const io::Env& env, const std::string& directory,

@@ -300,7 +300,7 @@ void expect_repaired(const Sample& sample, io::SimulatedMachine& machine, const 
     ASSERT_TRUE(repaired) << what << ": " << repaired.error().message();
     const auto again = look(machine, /*data=*/true);
     ASSERT_TRUE(again) << what << ": " << again.error().message();
-    EXPECT_EQ(repaired->repair.has_value(), found->damaged()) << what;
+    EXPECT_EQ(repaired->repair.has_value(), found->repairable()) << what;
     for (const nebula::Finding& finding : again->findings) {
         EXPECT_TRUE(finding.harmless || finding.kind == Kind::kVolume ||
                     ((finding.kind == Kind::kChunk || finding.kind == Kind::kObject) &&
@@ -559,6 +559,70 @@ TEST(Fsck, FilesOfOtherStoresAndPlacesAreFoundAndRepaired) {
     put_file(*machine, segments[0], all.at(segments[1]));
     put_file(*machine, segments[1], all.at(segments[0]));
     expect_repaired(sample, *machine, "swapped segments", /*must_be_found=*/true);
+}
+
+TEST(Fsck, AMissingFolderOfSegmentsIsDamage) {
+    const auto remove_segments = [](io::SimulatedMachine& machine) {
+        const std::string folder = fmt::format("{}/segments", kDirectory);
+        for (const io::DirectoryEntry& entry : must(machine.files().list(folder))) {
+            must(machine.files().remove(folder + "/" + entry.name));
+        }
+        must(machine.files().remove(folder));
+    };
+    for (const Sample* sample : {&closed_sample(), &open_sample()}) {
+        const auto machine = sample->copy();
+        remove_segments(*machine);
+        for (const bool repair : {false, true}) {
+            const auto report = look(*machine, /*data=*/false, repair);
+            ASSERT_TRUE(report) << report.error().message();
+            EXPECT_TRUE(report->damaged() && !report->usable && !report->repairable())
+                << describe(*report);
+            EXPECT_NE(describe(*report).find("segments"), std::string::npos);
+        }
+        const auto opened = Pool::open(machine->env(), kDirectory, check_pool_options());
+        ASSERT_FALSE(opened);
+        EXPECT_EQ(opened.error().code(), ErrorCode::kCorrupt) << opened.error().message();
+    }
+    // Of a store in which nothing ever was, nothing is lost.
+    io::SimulatedMachine machine(1);
+    machine.files().mount(TestPool::kRuntime,
+                          {.kind = io::FileSystemKind::kMemory, .name = "tmpfs"});
+    must(nebula::Store::create(machine.env(), kDirectory, check_pool_options().store));
+    remove_segments(machine);
+    const auto found = look(machine);
+    ASSERT_TRUE(found) << found.error().message();
+    EXPECT_TRUE(found->damaged() && found->repairable()) << describe(*found);
+    const auto repaired = look(machine, /*data=*/false, /*repair=*/true);
+    ASSERT_TRUE(repaired) << repaired.error().message();
+    EXPECT_FALSE(repaired->damaged()) << describe(*repaired);
+    auto pool = must(Pool::open(machine.env(), kDirectory, check_pool_options()));
+    import_image(*pool, "new", random_bytes(100'000, 1));
+    must(pool->close());
+}
+
+TEST(Fsck, AnEmptySegmentFileIsCalledALoss) {
+    const Sample& sample = closed_sample();
+    const auto machine = sample.copy();
+    put_file(*machine, segment_path(1), {});
+    const auto found = look(*machine);
+    ASSERT_TRUE(found) << found.error().message();
+    EXPECT_TRUE(std::ranges::any_of(found->findings, [](const nebula::Finding& finding) {
+        return finding.kind == Kind::kSegmentHeader && finding.file == segment_path(1) &&
+               finding.consequence.find("is lost") != std::string::npos;
+    })) << describe(*found);
+}
+
+TEST(Fsck, WhereOnlyLostContentIsLeftThereIsNothingToRepair) {
+    const Sample& sample = closed_sample();
+    const auto machine = sample.copy();
+    must(machine->files().remove(segment_path(1)));
+    ASSERT_TRUE(must(look(*machine, /*data=*/true, /*repair=*/true)).damaged());
+    const auto before = everything(*machine);
+    const auto again = look(*machine, /*data=*/true, /*repair=*/true);
+    ASSERT_TRUE(again) << again.error().message();
+    EXPECT_FALSE(again->lost.empty()) << describe(*again);
+    EXPECT_FALSE(again->repairable() || again->repair) << describe(*again);
+    EXPECT_TRUE(before == everything(*machine)) << "a repair for nothing";
 }
 
 TEST(Fsck, AMissingSegmentIsNamedWithWhatItHeld) {
