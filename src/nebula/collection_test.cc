@@ -13,6 +13,7 @@
 
 #include "io/simulated.h"
 #include "nebula/dump.h"
+#include "nebula/format.h"
 #include "nebula/store.h"
 #include "nebula/test_support.h"
 
@@ -737,6 +738,117 @@ TEST(CollectionOnDisk, DuConfirmsWhatTheStoreSays) {
         ASSERT_OK(store.close());
     }
     std::filesystem::remove_all(directory);
+}
+
+// --- Numbering -----------------------------------------------------------------------------------
+
+/// Several closed segments of three chunks each, whose footers take turns in memory. The footer of
+/// the first does not name its first chunk, which is garbage, as one that a repair wrote.
+class Renumbering : public CollectionTest {
+  protected:
+    static constexpr uint64_t kChunks = 12;
+
+    Renumbering() {
+        for (uint64_t i = 0; i < kChunks; ++i) {
+            chunks_.push_back(make_chunk(900 + i, kMaxChunkPages));
+            append_chunk(*store_, chunks_.back());
+        }
+        EXPECT_OK(store_->checkpoint(store_->sequence(), {}));
+        const StoreId id = store_->uuid();
+        EXPECT_OK(store_->close());
+        store_.reset();
+        shorten_footer(id);
+        auto opened = open_store(machine_.env(), "/pool",
+                                 {.segment_bytes = kMinSegmentBytes, .mapped_footers = 1});
+        EXPECT_OK(opened);
+        store_ = std::move(opened->store);
+    }
+
+    void shorten_footer(const StoreId& id) {
+        const auto file = machine_.files().open(kFirst, io::OpenMode::kReadWrite);
+        ASSERT_OK(file);
+        const uint64_t size = (*file)->size_bytes().value();
+        ByteVector last(kPageBytes);
+        ASSERT_OK(io::read_exact(**file, last, size - kPageBytes));
+        const auto trailer = decode_footer_trailer(last, id, 1, size / kPageBytes);
+        ASSERT_OK(trailer);
+        const uint64_t start = uint64_t{trailer->footer_page} * kPageBytes;
+        ByteVector bytes(size - start);
+        ASSERT_OK(io::read_exact(**file, bytes, start));
+        const auto footer = decode_footer(bytes, id, 1, size / kPageBytes);
+        ASSERT_OK(footer);
+        ASSERT_EQ(footer->entries.size(), 3U);
+        ASSERT_EQ(footer->entries.front().id, chunks_.front().id);
+        const ByteVector shorter =
+            encode_footer(id, 1, trailer->footer_page, footer->entries.subspan(1),
+                          trailer->first_sequence, trailer->last_sequence);
+        ASSERT_EQ(shorter.size(), bytes.size());
+        ASSERT_OK(io::write_all(**file, Bytes(shorter), start));
+        ASSERT_OK((*file)->datasync());
+        footer_offset_ = start;
+    }
+
+    /// The first segment's footer rots, and is not in memory any more.
+    void lose_footer() {
+        machine_.files().damage(kFirst, footer_offset_, 1, 1);
+        for (uint64_t i = 3; i < kChunks; i += 3) {
+            EXPECT_OK(store_->get_object(chunks_[i].id));
+        }
+    }
+    void expect_all_there() {
+        for (uint64_t i = 1; i < kChunks; ++i) {
+            const auto object = store_->get_object(chunks_[i].id);
+            ASSERT_OK(object) << i;
+            EXPECT_EQ(object->content, chunks_[i].bytes) << i;
+        }
+    }
+
+    static constexpr const char* kFirst = "/pool/segments/0000001.seg";
+    std::vector<Blob> chunks_;
+    uint64_t footer_offset_ = 0;
+};
+
+TEST_F(Renumbering, MarksOfAListThatIsReadAgainOtherwiseKeepAll) {
+    auto collection = begin();
+    for (uint64_t i = 1; i < kChunks; ++i) {
+        ASSERT_OK(collection->mark_pages(chunks_[i].id, {}, 0xffff));
+    }
+    lose_footer();
+    sweep(*collection);
+    expect_all_there();
+    collection.reset();
+    // The next one has marks of the list that there is now.
+    const auto next = begin();
+    for (uint64_t i = 1; i < kChunks; ++i) {
+        ASSERT_OK(next->mark_pages(chunks_[i].id, {}, 0xffff));
+    }
+    EXPECT_EQ(sweep(*next).dead_chunks, 1U);
+    expect_all_there();
+}
+
+TEST_F(Renumbering, WhatIsProtectedByTheOldNumbersIsKept) {
+    const auto protection = store_->protect();
+    std::vector<ChunkId> ids;
+    for (uint64_t i = 1; i < kChunks; ++i) {
+        ids.push_back(chunks_[i].id);
+    }
+    const auto found = std::make_unique<bool[]>(ids.size());
+    ASSERT_OK(protection->contains(ids, std::span(found.get(), ids.size())));
+    lose_footer();
+    EXPECT_OK(store_->get_object(chunks_[1].id));  // Numbered anew by now.
+    const auto collection = begin();
+    sweep(*collection);
+    expect_all_there();
+}
+
+TEST_F(Renumbering, MarkingStopsRatherThanMixNumbers) {
+    const auto collection = begin();
+    ASSERT_OK(collection->mark_pages(chunks_[1].id, {}, 0xffff));
+    lose_footer();
+    const auto mark = collection->mark_pages(chunks_[2].id, {}, 0xffff);
+    ASSERT_FALSE(mark);
+    EXPECT_EQ(mark.error().code(), ErrorCode::kCorrupt) << mark.error().message();
+    expect_all_there();
 }
 
 }  // namespace

@@ -17,6 +17,7 @@ bool MarkSet::Bits::set(uint32_t ordinal) {
 }
 
 void MarkSet::Bits::merge(const Bits& other) {
+    all_ = all_ || other.all_;
     words_.resize(std::max(words_.size(), other.words_.size()));
     for (size_t i = 0; i < other.words_.size(); ++i) {
         words_[i] |= other.words_[i];
@@ -59,6 +60,9 @@ void MarkSet::keep(uint32_t segment, uint32_t ordinal) {
 }
 
 void MarkSet::keep_all(const MarkSet& other) {
+    for (uint64_t since = since_.load();
+         since > other.since() && !since_.compare_exchange_weak(since, other.since());) {
+    }
     for (size_t i = 0; i < kStripes; ++i) {
         // Never both locks at once: two sets might be merged into each other.
         std::vector<std::pair<uint32_t, Bits>> found;

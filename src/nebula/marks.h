@@ -1,9 +1,12 @@
 // What a garbage collection, or a protection, found to be needed: bits for the entries of segments.
 //
 // An entry is named by segment and ordinal, its place in the segment's list of entries. That list
-// only grows while the store is open. An entry is alive when it was visited (by the marking from
-// the roots) or kept (by an append that wrote it or found it as a duplicate). Being kept does not
-// make it visited: what it refers to must still be visited.
+// only grows while the store is open, but for one case: where a footer rots and has to be read
+// again, the batches are read in its place, and may list more or less. The segment is renumbered
+// then (Segment::renumbered), and a set that is older than that says nothing about it: `since` of
+// the set is what SegmentSet::renumberings() was when it began. An entry is alive when it was
+// visited (by the marking from the roots) or kept (by an append that wrote it or found it as a
+// duplicate). Being kept does not make it visited: what it refers to must still be visited.
 //
 //     MarkSet marks;
 //     if (marks.visit(segment, ordinal)) { /* for the first time: go on with what it refers to */ }
@@ -14,6 +17,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <mutex>
 #include <unordered_map>
@@ -30,22 +34,33 @@ class MarkSet {
       public:
         bool test(uint32_t ordinal) const {
             const size_t word = ordinal / 64;
-            return word < words_.size() && (words_[word] >> (ordinal % 64) & 1) != 0;
+            return all_ || (word < words_.size() && (words_[word] >> (ordinal % 64) & 1) != 0);
         }
         /// False when it was set before.
         bool set(uint32_t ordinal);
         void merge(const Bits& other);
+        /// Every bit there is.
+        static Bits everything() {
+            Bits bits;
+            bits.all_ = true;
+            return bits;
+        }
 
       private:
         std::vector<uint64_t> words_;
+        bool all_ = false;
     };
+
+    explicit MarkSet(uint64_t since = 0) : since_(since) {}
+
+    uint64_t since() const { return since_.load(); }
 
     /// True the first time. The second time makes it shared.
     bool visit(uint32_t segment, uint32_t ordinal);
     /// The same for a chunk that starts at `page`, of which the pages in `mask` are needed.
     bool visit_pages(uint32_t segment, uint32_t ordinal, uint32_t page, uint16_t mask);
     void keep(uint32_t segment, uint32_t ordinal);
-    /// Keeps all that `other` has alive.
+    /// Keeps all that `other` has alive; is as old as the older of the two from then on.
     void keep_all(const MarkSet& other);
 
     bool is_live(uint32_t segment, uint32_t ordinal) const;
@@ -75,6 +90,7 @@ class MarkSet {
     const Stripe& stripe(uint32_t segment) const { return stripes_[segment % kStripes]; }
 
     std::array<Stripe, kStripes> stripes_;
+    std::atomic<uint64_t> since_;
 };
 
 }  // namespace stellarium::nebula

@@ -357,10 +357,12 @@ bool Segment::is_damaged(const Entry& entry) const {
 
 // ---- SegmentSet -------------------------------------------------------------------------------
 
-SegmentSet::SegmentSet(io::FileSystem& files, std::string directory, const StoreId& store_id)
+SegmentSet::SegmentSet(io::FileSystem& files, std::string directory, const StoreId& store_id,
+                       size_t mapped_footers)
     : files_(files),
       directory_(std::move(directory)),
       store_id_(store_id),
+      most_mapped_footers_(mapped_footers),
       blocks_(std::make_unique<std::array<std::atomic<Block*>, kBlocks>>()) {}
 
 SegmentSet::~SegmentSet() {
@@ -598,7 +600,7 @@ void SegmentSet::note_footer_mapped(Segment& segment) {
     const std::lock_guard guard(cache_mutex_);
     mapped_footers_.push_back(&segment);
     for (size_t looks = 2 * mapped_footers_.size();
-         mapped_footers_.size() > kMaxMappedFooters && looks > 0; --looks) {
+         mapped_footers_.size() > most_mapped_footers_ && looks > 0; --looks) {
         Segment* oldest = mapped_footers_.front();
         mapped_footers_.pop_front();
         if (oldest == &segment || oldest->footer_used_.exchange(false, std::memory_order_relaxed)) {
@@ -646,6 +648,7 @@ Result<void> SegmentSet::map_footer(Segment& segment, io::File& file) {
     }
     segment.footer_ = std::move(mapped);
     segment.footer_entries_ = footer->entries;
+    segment.was_mapped_ = true;
     return {};
 }
 
@@ -700,6 +703,9 @@ Result<void> SegmentSet::load_entries(Segment& segment, std::unique_lock<std::sh
                          gaps == 0 ? std::string()
                                    : fmt::format(", but {} stretches of it are unreadable: {}",
                                                  gaps, segment.metadata_damage_)));
+        if (segment.was_mapped_) {
+            segment.renumbered_.store(renumberings_.fetch_add(1) + 1, std::memory_order_seq_cst);
+        }
         segment.entries_ = std::move(entries);
         segment.in_memory_ = true;
     }

@@ -114,6 +114,11 @@ class Segment {
     bool any_dead(uint32_t page, uint32_t pages) const;
     bool is_gone() const { return gone_.load(std::memory_order_seq_cst); }
 
+    /// Which renumbering of SegmentSet::renumberings() was the last of this segment's: its footer
+    /// was read, and later could not be read again, so that the batches' list took its place.
+    /// Ordinals from before say nothing any more. 0: none. Set before a new ordinal is given out.
+    uint64_t renumbered() const { return renumbered_.load(std::memory_order_seq_cst); }
+
     /// What the store remembers of freeing this segment. Used by the sweep that runs, or, when none
     /// does, under the store's checkpoint lock.
     struct Reclaim {
@@ -141,7 +146,8 @@ class Segment {
     mutable std::shared_mutex mutex_;  ///< Guards all below up to file_used_.
     std::shared_ptr<io::File> file_;
     bool header_checked_ = false;
-    bool in_memory_ = false;  ///< entries_ holds them; else footer_ does, or nothing yet.
+    bool in_memory_ = false;   ///< entries_ holds them; else footer_ does, or nothing yet.
+    bool was_mapped_ = false;  ///< Its footer was in use, so ordinals of it may be remembered.
     std::vector<Entry> entries_;
     std::unique_ptr<io::MappedBytes> footer_;
     std::span<const Entry> footer_entries_;
@@ -155,6 +161,7 @@ class Segment {
     std::atomic<PageBits*> verified_ = nullptr;
     std::atomic<PageBits*> dead_ = nullptr;
     std::atomic<bool> gone_ = false;
+    std::atomic<uint64_t> renumbered_ = 0;
 };
 
 /// An entry and its place in its segment's list of entries.
@@ -172,7 +179,8 @@ enum class ReadCheck : uint8_t {
 
 class SegmentSet {
   public:
-    SegmentSet(io::FileSystem& files, std::string directory, const StoreId& store_id);
+    SegmentSet(io::FileSystem& files, std::string directory, const StoreId& store_id,
+               size_t mapped_footers = kMaxMappedFooters);
     ~SegmentSet();
 
     /// What add() and add_in_memory() know of a segment from the start. Before any of them.
@@ -253,6 +261,8 @@ class SegmentSet {
 
     /// Sentences about damaged headers and footers that were worked around.
     std::vector<std::string> take_warnings();
+    /// How many segments were numbered anew since open; see Segment::renumbered.
+    uint64_t renumberings() const { return renumberings_.load(std::memory_order_seq_cst); }
     uint64_t chunks_verified() const { return chunks_verified_.load(std::memory_order_relaxed); }
 
   private:
@@ -279,6 +289,7 @@ class SegmentSet {
     io::FileSystem& files_;
     const std::string directory_;
     const StoreId store_id_;
+    const size_t most_mapped_footers_;
     std::unique_ptr<std::array<std::atomic<Block*>, kBlocks>> blocks_;
     mutable std::mutex list_mutex_;  ///< Guards adding, and list_.
     std::vector<std::unique_ptr<Segment>> list_;
@@ -289,6 +300,7 @@ class SegmentSet {
     std::vector<std::string> warnings_;
     std::atomic<uint64_t> chunks_verified_ = 0;
     std::atomic<uint64_t> damage_version_ = 0;
+    std::atomic<uint64_t> renumberings_ = 0;
     DeadMap dead_map_;
 };
 

@@ -138,6 +138,8 @@ struct StoreOptions {
     /// the last time (or by 16 GiB); until then opening reads the footers of what is newer. 0: each
     /// time.
     uint32_t index_rewrite_factor = 64;
+    /// Footers kept mapped at once; fewer in tests only.
+    size_t mapped_footers = 16384;
     /// Room that is kept on the disk for what frees room, see reserve.h; 0: none. Programs ask for
     /// kReserveBytes.
     uint64_t reserve_bytes = 0;

@@ -16,7 +16,7 @@ namespace {
 /// Passes everything on, and keeps what is appended through it.
 class ProtectedStore final : public Store {
   public:
-    explicit ProtectedStore(StoreImpl& store) : store_(store) {}
+    ProtectedStore(StoreImpl& store, uint64_t since) : store_(store), marks_(since) {}
     ~ProtectedStore() override { store_.end_protection(marks_); }
     ProtectedStore(const ProtectedStore&) = delete;
     ProtectedStore& operator=(const ProtectedStore&) = delete;
@@ -77,7 +77,7 @@ class ProtectedStore final : public Store {
 // ---- Protections ------------------------------------------------------------------------------
 
 std::unique_ptr<Store> StoreImpl::protect() {
-    auto handle = std::make_unique<ProtectedStore>(*this);
+    auto handle = std::make_unique<ProtectedStore>(*this, segments_->renumberings());
     const std::lock_guard guard(append_mutex_);
     protections_.push_back(&handle->marks());
     return handle;
@@ -109,7 +109,8 @@ Result<void> StoreImpl::contains_protected(std::span<const ChunkId> ids, std::sp
 
 class CollectionImpl final : public Collection {
   public:
-    explicit CollectionImpl(StoreImpl& store) : store_(store) {}
+    explicit CollectionImpl(StoreImpl& store)
+        : store_(store), marks_(store.segments_->renumberings()) {}
     ~CollectionImpl() override {
         const std::lock_guard guard(store_.append_mutex_);
         store_.collection_marks_ = nullptr;
@@ -151,8 +152,14 @@ class CollectionImpl final : public Collection {
     Result<void> check_marking() const;
     /// The last page that this collection looks at in this segment, plus one; 0: none.
     uint32_t end_page_in(const Segment& segment) const;
-    /// Marked, or kept by whatever protection there is; append_mutex_ is held.
-    MarkSet::Bits live_in(uint32_t segment) const;
+    /// What marks and protections say of the segment is about its present list of entries;
+    /// append_mutex_ is held.
+    bool has_marks_of(const Segment& segment) const;
+    /// kCorrupt when the entry's ordinal is of another list than the marks'.
+    Result<void> check_numbering(const StoreImpl::Found& found) const;
+    /// Marked, or kept by whatever protection there is; everything where nobody knows.
+    /// append_mutex_ is held.
+    MarkSet::Bits live_in(const Segment& segment) const;
     /// Marked or kept, or newer than the position; append_mutex_ is held.
     bool is_needed(const StoreImpl::Found& found) const;
     Result<Found> look_at(Segment& segment, const MarkSet::Bits& live, double sparse_below);
@@ -223,6 +230,7 @@ Result<Collection::Mark> CollectionImpl::mark_object(const ChunkId& id,
                                                      std::optional<PageAddress> hint) {
     STELLARIUM_TRY(check_marking());
     STELLARIUM_ASSIGN(const auto found, store_.find(id, hint, StoreImpl::Want::kAny));
+    STELLARIUM_TRY(check_numbering(found));
     return marks_.visit(found.segment->number(), found.ordinal) ? Mark::kNew : Mark::kAgain;
 }
 
@@ -231,6 +239,7 @@ Result<Collection::Mark> CollectionImpl::mark_pages(const ChunkId& id,
                                                     uint16_t pages) {
     STELLARIUM_TRY(check_marking());
     STELLARIUM_ASSIGN(const auto found, store_.find(id, hint, StoreImpl::Want::kPages));
+    STELLARIUM_TRY(check_numbering(found));
     const uint32_t known = found.entry.pages();
     if (pages == 0 || (known < kMaxChunkPages && (uint32_t{pages} >> known) != 0)) {
         return fail(ErrorCode::kCorrupt,
@@ -245,6 +254,7 @@ Result<Collection::Mark> CollectionImpl::mark_pages(const ChunkId& id,
 Result<bool> CollectionImpl::is_shared(const ChunkId& id, std::optional<PageAddress> hint) {
     STELLARIUM_TRY(check_marking());
     STELLARIUM_ASSIGN(const auto found, store_.find(id, hint, StoreImpl::Want::kAny));
+    STELLARIUM_TRY(check_numbering(found));
     return marks_.is_shared(found.segment->number(), found.ordinal);
 }
 
@@ -252,6 +262,7 @@ Result<std::optional<SparseChunk>> CollectionImpl::sparse(const ChunkId& id,
                                                           std::optional<PageAddress> hint) {
     STELLARIUM_TRY(check_marking());
     STELLARIUM_ASSIGN(const auto found, store_.find(id, hint, StoreImpl::Want::kPages));
+    STELLARIUM_TRY(check_numbering(found));
     const uint32_t segment = found.segment->number();
     const uint32_t pages = found.entry.pages();
     const uint16_t live = marks_.visited_pages(segment, found.entry.page, pages);
@@ -300,17 +311,38 @@ Result<void> CollectionImpl::Pace::spend(uint64_t bytes) {
     }
 }
 
-MarkSet::Bits CollectionImpl::live_in(uint32_t segment) const {
-    MarkSet::Bits live = marks_.live(segment);
+bool CollectionImpl::has_marks_of(const Segment& segment) const {
+    const uint64_t renumbered = segment.renumbered();
+    return renumbered <= marks_.since() &&
+           std::ranges::all_of(store_.protections_, [renumbered](const MarkSet* protection) {
+               return renumbered <= protection->since();
+           });
+}
+
+Result<void> CollectionImpl::check_numbering(const StoreImpl::Found& found) const {
+    if (found.segment->renumbered() <= marks_.since()) {
+        return {};
+    }
+    return fail(ErrorCode::kCorrupt,
+                fmt::format("{}: its footer cannot be read any more, so what was found to be "
+                            "needed there is not known; nothing was freed: collect again",
+                            store_.segments_->path(found.segment->number())));
+}
+
+MarkSet::Bits CollectionImpl::live_in(const Segment& segment) const {
+    if (!has_marks_of(segment)) {
+        return MarkSet::Bits::everything();
+    }
+    MarkSet::Bits live = marks_.live(segment.number());
     for (const MarkSet* protection : store_.protections_) {
-        live.merge(protection->live(segment));
+        live.merge(protection->live(segment.number()));
     }
     return live;
 }
 
 bool CollectionImpl::is_needed(const StoreImpl::Found& found) const {
     const uint32_t segment = found.segment->number();
-    return found.entry.page.get() >= end_page_in(*found.segment) ||
+    return found.entry.page.get() >= end_page_in(*found.segment) || !has_marks_of(*found.segment) ||
            marks_.is_live(segment, found.ordinal) ||
            std::ranges::any_of(store_.protections_, [&](const MarkSet* protection) {
                return protection->is_live(segment, found.ordinal);
@@ -357,7 +389,7 @@ Result<CollectionReport> CollectionImpl::count(const SweepOptions& options) {
         MarkSet::Bits live;
         {
             const std::lock_guard guard(store_.append_mutex_);
-            live = live_in(segment->number());
+            live = live_in(*segment);
         }
         STELLARIUM_ASSIGN(const Found found, look_at(*segment, live, options.move_below));
         report_.segments += 1;
@@ -450,7 +482,7 @@ Result<void> CollectionImpl::move_sparse(const SweepOptions& options, Pace& pace
         MarkSet::Bits live;
         {
             const std::lock_guard guard(store_.append_mutex_);
-            live = live_in(segment->number());
+            live = live_in(*segment);
         }
         STELLARIUM_ASSIGN(const Found found, look_at(*segment, live, options.move_below));
         const SegmentLiveness& liveness = found.liveness;
@@ -579,7 +611,10 @@ Result<void> CollectionImpl::condemn(Segment& segment) {
         more = false;
         const std::lock_guard guard(store_.append_mutex_);
         STELLARIUM_TRY(store_.check_writable());
-        const MarkSet::Bits live = live_in(segment.number());
+        if (!has_marks_of(segment)) {
+            return {};  // Nor of what was copied.
+        }
+        const MarkSet::Bits live = live_in(segment);
         STELLARIUM_TRY(store_.segments_->visit_each(
             segment, next, [&](uint32_t ordinal, const Entry& entry, bool is_dead) {
                 if (entry.page.get() >= end_page) {
@@ -596,6 +631,9 @@ Result<void> CollectionImpl::condemn(Segment& segment) {
                 }
                 return true;
             }));
+        if (!has_marks_of(segment)) {
+            return {};  // Renumbered while it was looked at.
+        }
         std::vector<LocatedEntry> given_up;
         for (const LocatedEntry& found : dead) {
             const bool has_copy = moved.test(found.ordinal);
@@ -657,14 +695,8 @@ Result<void> CollectionImpl::condemn_slice(Segment& segment,
 
 Result<void> CollectionImpl::settle(Segment& segment, double sparse_below) {
     // Nothing dead comes back to life, so no lock is needed to see what is left.
-    MarkSet::Bits everything;
-    uint32_t entries = 0;
-    STELLARIUM_TRY(store_.segments_->visit_entries(
-        segment, [&](std::span<const Entry> all) { entries = static_cast<uint32_t>(all.size()); }));
-    for (uint32_t ordinal = 0; ordinal < entries; ++ordinal) {
-        everything.set(ordinal);
-    }
-    STELLARIUM_ASSIGN(const Found found, look_at(segment, everything, sparse_below));
+    STELLARIUM_ASSIGN(const Found found,
+                      look_at(segment, MarkSet::Bits::everything(), sparse_below));
     report_.segments += 1;
     report_.live_chunks += found.liveness.live_entries;
     report_.live_bytes += found.liveness.live_bytes;

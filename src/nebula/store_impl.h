@@ -44,6 +44,8 @@
 
 namespace stellarium::nebula {
 
+static_assert(StoreOptions{}.mapped_footers == kMaxMappedFooters);
+
 /// The superblock's name until a new store is complete.
 inline constexpr std::string_view kNewSuperblockName = "superblock.new";
 inline constexpr std::string_view kLockName = "lock";

@@ -166,7 +166,8 @@ Result<void> StoreImpl::open() {
         STELLARIUM_ASSIGN(lock_, files_.lock(join_path(directory_, kLockName)));
     }
     STELLARIUM_TRY(read_superblock());
-    segments_ = std::make_unique<SegmentSet>(files_, directory_, store_id_);
+    segments_ =
+        std::make_unique<SegmentSet>(files_, directory_, store_id_, options_.mapped_footers);
     STELLARIUM_TRY(open_dead_map());
     STELLARIUM_TRY(open_segments());
     STELLARIUM_TRY(open_index());
