@@ -342,7 +342,7 @@ void add_store_commands(CLI::App& app, Builder& builder, Invocation& invocation)
     collect->add_flag("--dry-run", builder.arguments().dry_run, "free nothing");
     collect
         ->add_option("--rate", builder.arguments().rate,
-                     "copy and free at most this many bytes a second")
+                     "copy and free at most this many bytes a second, at least 1MiB")
         ->type_name("SIZE")
         ->check(not_empty("a size"));
     CLI::App* const scrubbed = builder.command(
@@ -350,17 +350,20 @@ void add_store_commands(CLI::App& app, Builder& builder, Invocation& invocation)
         "  stellarctl scrub                 # goes on where the last one was stopped\n"
         "  stellarctl scrub --rate 1GiB\n"
         "  stellarctl scrub --status        # what is damaged, and who uses it; reads nothing");
-    scrubbed
-        ->add_option("--rate", builder.arguments().rate,
-                     "read at most this many bytes a second; 0: no limit (default: 256MiB)")
-        ->type_name("SIZE")
-        ->check(not_empty("a size"));
+    CLI::Option* const rate =
+        scrubbed
+            ->add_option("--rate", builder.arguments().rate,
+                         "read at most this many bytes a second, at least 1MiB; 0: no limit "
+                         "(default: 256MiB)")
+            ->type_name("SIZE")
+            ->check(not_empty("a size"));
     CLI::Option* const restart =
         scrubbed->add_flag("--restart", builder.arguments().restart, "from the start");
     scrubbed
         ->add_flag("--status", builder.arguments().only_status,
                    "only say how far it is and what is known to be damaged")
-        ->excludes(restart);
+        ->excludes(restart)
+        ->excludes(rate);
     builder.command(&app, "stats", "Show what the store holds and saves", stats,
                     "  stellarctl stats\n  stellarctl stats --json | jq .dedup_ratio");
     builder.command(&app, "status", "Show the store's state and who serves it", status,

@@ -821,7 +821,11 @@ class Scrub(TestCase):
         for rate in ("fast", ""):  # An empty one is a variable that was not set, not no limit.
             for command in ("scrub", "gc"):
                 self.assert_fails(s.run(command, "--rate", rate), "invalid_argument", "size")
-        self.assertEqual(s.run("scrub", "--status", "--restart").code, EXIT["invalid_argument"])
+        for rate in ("1KiB", "1048575"):  # It would not end.
+            for command in ("scrub", "gc"):
+                self.assert_fails(s.run(command, "--rate", rate), "invalid_argument", "at least")
+        for words in (["--restart"], ["--rate", "10MiB"]):
+            self.assertEqual(s.run("scrub", "--status", *words).code, EXIT["invalid_argument"])
 
 
 class Fsck(TestCase):

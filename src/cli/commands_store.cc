@@ -18,6 +18,7 @@
 #include "control/locations.h"
 #include "io/posix.h"
 #include "nebula/dump.h"
+#include "nova/limits.h"
 
 namespace stellarium::cli {
 
@@ -205,14 +206,25 @@ void show_collection(Progress& progress, const Json& state) {
 
 }  // namespace
 
+namespace {
+
+/// Of --rate: bytes a second, and not so few that the work would never end.
+Result<uint64_t> parse_rate(std::string_view text) {
+    STELLARIUM_ASSIGN(const uint64_t rate, parse_size(text));
+    if (rate < nova::kMinRateBytes) {
+        return fail(ErrorCode::kInvalidArgument,
+                    fmt::format("--rate {} is too little: it must be at least {} a second", text,
+                                format_size(nova::kMinRateBytes)));
+    }
+    return rate;
+}
+
+}  // namespace
+
 Result<void> collect_garbage(Context& context, const Arguments& arguments) {
     Json request{{"dry_run", arguments.dry_run}};
     if (!arguments.rate.empty()) {
-        STELLARIUM_ASSIGN(const uint64_t rate, parse_size(arguments.rate));
-        if (rate == 0) {
-            return fail(ErrorCode::kInvalidArgument, "--rate must be more than 0");
-        }
-        request["rate_bytes_per_second"] = rate;
+        STELLARIUM_ASSIGN(request["rate_bytes_per_second"], parse_rate(arguments.rate));
     }
     Progress progress("collecting garbage", context.progress());
     STELLARIUM_ASSIGN(const Json report,
@@ -341,8 +353,10 @@ Result<void> scrub(Context& context, const Arguments& arguments) {
         return scrub_status(context);
     }
     uint64_t rate = kDefaultScrubRate;
-    if (!arguments.rate.empty()) {
-        STELLARIUM_ASSIGN(rate, parse_size(arguments.rate));
+    if (arguments.rate == "0") {
+        rate = 0;
+    } else if (!arguments.rate.empty()) {
+        STELLARIUM_ASSIGN(rate, parse_rate(arguments.rate));
     }
     const Json request{{"restart", arguments.restart}, {"rate_bytes_per_second", rate}};
     Progress progress("checking", context.progress());

@@ -13,9 +13,11 @@
 #include <fmt/ranges.h>
 #include <unistd.h>
 
+#include "base/units.h"
 #include "control/entity_json.h"
 #include "control/json.h"
 #include "control/suggest.h"
+#include "nova/limits.h"
 
 namespace stellarium::control {
 namespace {
@@ -25,6 +27,17 @@ struct ParsedTarget {
     std::vector<std::string> segments;
     std::map<std::string, std::string, std::less<>> query;
 };
+
+/// How fast a collection or a scrub may be; 0: no limit.
+uint64_t rate_of(ObjectReader& reader) {
+    constexpr std::string_view kKey = "rate_bytes_per_second";
+    const uint64_t rate = reader.optional_size(kKey).value_or(0);
+    if (rate != 0 && rate < nova::kMinRateBytes) {
+        reader.complain(kKey, fmt::format("is {}, and must be 0 (no limit) or at least {}",
+                                          format_size(rate), format_size(nova::kMinRateBytes)));
+    }
+    return rate;
+}
 
 std::vector<std::string_view> split(std::string_view text, char separator) {
     std::vector<std::string_view> parts;
@@ -402,8 +415,7 @@ struct ControlService::Impl {
             STELLARIUM_ASSIGN(const Json body, body_of(call));
             ObjectReader reader(body, "request body");
             wanted.dry_run = reader.optional_bool("dry_run").value_or(false);
-            wanted.rate_bytes_per_second =
-                reader.optional_size("rate_bytes_per_second").value_or(0);
+            wanted.rate_bytes_per_second = rate_of(reader);
             STELLARIUM_TRY(reader.finish());
         }
         gc_cancelled = false;
@@ -427,8 +439,7 @@ struct ControlService::Impl {
             STELLARIUM_ASSIGN(const Json body, body_of(call));
             ObjectReader reader(body, "request body");
             wanted.restart = reader.optional_bool("restart").value_or(false);
-            wanted.rate_bytes_per_second =
-                reader.optional_size("rate_bytes_per_second").value_or(0);
+            wanted.rate_bytes_per_second = rate_of(reader);
             STELLARIUM_TRY(reader.finish());
         }
         scrub_cancelled = false;

@@ -583,6 +583,7 @@ TEST_F(OpenApiTest, RealAnswersMatchTheirSchemas) {
     check("POST", "/v1/gc", "/v1/gc", R"({"dry_run":true,"rate_bytes_per_second":"1GiB"})", 200);
     check("POST", "/v1/gc", "/v1/gc", "", 200);
     check("POST", "/v1/gc", "/v1/gc", R"({"rate":1})", 400);
+    check("POST", "/v1/gc", "/v1/gc", R"({"rate_bytes_per_second":"1KiB"})", 400);
     check("GET", "/v1/gc", "/v1/gc", "", 200);
     check("DELETE", "/v1/gc", "/v1/gc", "", 204);
     check("GET", "/v1/scrub", "/v1/scrub", "", 200);
@@ -590,6 +591,7 @@ TEST_F(OpenApiTest, RealAnswersMatchTheirSchemas) {
           200);
     check("POST", "/v1/scrub", "/v1/scrub", "", 200);
     check("POST", "/v1/scrub", "/v1/scrub", R"({"rate":1})", 400);
+    check("POST", "/v1/scrub", "/v1/scrub", R"({"rate_bytes_per_second":1048575})", 400);
     check("GET", "/v1/scrub", "/v1/scrub", "", 200);
     check("DELETE", "/v1/scrub", "/v1/scrub", "", 204);
     check("GET", "/v1/damage", "/v1/damage", "", 200);

@@ -111,6 +111,8 @@ TEST(Config, ReportsEveryFault) {
         EXPECT_EQ(finish_config(config).size(), 1U) << of_the_system;
     }
     EXPECT_FALSE(apply_settings(json("[]"), config).empty());
+    EXPECT_EQ(apply_settings(json(R"({"gc_rate": "1KiB"})"), config).size(), 1U);
+    EXPECT_EQ(apply_settings(json(R"({"gc_rate": "1MiB"})"), config).size(), 0U);
     EXPECT_EQ(apply_settings(json(R"({"metrics_listen": "nosuchhost:1"})"), config).size(), 1U);
 }
 

@@ -131,8 +131,8 @@ int run(int argc, char** argv) {
     text_option("--gc-min-dead", "gc_min_dead",
                 "less dead than this is not worth a collection (default: 256MiB)", "SIZE");
     text_option("--gc-rate", "gc_rate",
-                "collections copy and free at most this much a second; 0: no limit (default: "
-                "256MiB)",
+                "collections copy and free at most this much a second, from 1MiB; 0: no limit "
+                "(default: 256MiB)",
                 "SIZE");
     number_option("--low-space-percent", "low_space_percent",
                   "warn, and collect whatever is dead, when less of the file system is free, "

@@ -64,6 +64,11 @@ inline constexpr uint64_t kMaxDeltaExtents = 1'000'000;
 inline constexpr size_t kFoldBatchLeaves = 256;
 static_assert(kFoldBatchLeaves <= kMaxFoldLeavesPerRecord);
 
+// Garbage collection and scrub.
+/// Whoever asks for a bounded rate gets at least this much a second: a store of 1 TiB takes twelve
+/// days then, and less is more likely a unit that was forgotten.
+inline constexpr uint64_t kMinRateBytes = uint64_t{1} << 20;
+
 // Garbage collection.
 /// What one run stores anew at most: 64 KiB a chunk, so 4 GiB, and what the plan of it takes.
 inline constexpr uint64_t kMaxRewrittenChunks = 65'536;
