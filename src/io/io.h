@@ -45,6 +45,10 @@ class MappedBytes {
   public:
     virtual ~MappedBytes() = default;
     virtual Bytes bytes() const = 0;
+    /// Has a range of them read now, so that what cannot be read is an error (kIo) and not the end
+    /// of the process at the first access (SIGBUS). What is dropped from memory afterwards is read
+    /// again by the next access.
+    virtual Result<void> fetch(uint64_t offset_bytes, uint64_t length_bytes) const = 0;
 };
 
 /// What tells files of one running system apart; after a restart of the host it may be another.

@@ -92,11 +92,16 @@ class Mapping {
 
 class PosixMappedBytes final : public MappedBytes {
   public:
-    explicit PosixMappedBytes(Mapping mapping) : mapping_(std::move(mapping)) {}
+    PosixMappedBytes(Mapping mapping, std::string path)
+        : mapping_(std::move(mapping)), path_(std::move(path)) {}
     Bytes bytes() const override { return mapping_.bytes(); }
+    Result<void> fetch(uint64_t offset_bytes, uint64_t length_bytes) const override {
+        return fetch_mapped(bytes().subspan(offset_bytes, length_bytes), path_);
+    }
 
   private:
     Mapping mapping_;
+    std::string path_;
 };
 
 /// 0, or the system's error; EAGAIN when another open file holds a lock.
@@ -266,7 +271,7 @@ class PosixFile final : public File {
         if (length_bytes <= kMaxFetchedBytes) {
             STELLARIUM_TRY(fetch_mapped(mapping.bytes(), path_));
         }
-        return std::make_unique<PosixMappedBytes>(std::move(mapping));
+        return std::make_unique<PosixMappedBytes>(std::move(mapping), path_);
     }
 
     Result<MutableBytes> map_shared(uint64_t offset_bytes, uint64_t length_bytes) override {
@@ -466,10 +471,13 @@ Result<void> fetch_mapped(Bytes mapped, std::string_view path) {
     if (mapped.empty()) {
         return {};
     }
-    // The system call takes no const, and does not write.
-    auto* const start = const_cast<std::byte*>(mapped.data());
-    const int fetched =
-        retry_interrupted([&] { return ::madvise(start, mapped.size(), MADV_POPULATE_READ); });
+    // Mappings begin at a page; the range may not. The system call takes no const, and does not
+    // write.
+    const size_t before =
+        reinterpret_cast<uintptr_t>(mapped.data()) % static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+    auto* const start = const_cast<std::byte*>(mapped.data()) - before;
+    const int fetched = retry_interrupted(
+        [&] { return ::madvise(start, mapped.size() + before, MADV_POPULATE_READ); });
     if (fetched != 0 && (errno == EFAULT || errno == EHWPOISON)) {
         return fail(ErrorCode::kIo,
                     fmt::format("map {}: not all of {} mapped bytes can be read: check the disk "

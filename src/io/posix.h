@@ -35,7 +35,8 @@ Result<std::unique_ptr<File>> adopt_descriptor(int descriptor, std::string name)
 
 /// Has mapped bytes of the file `path` read now, so that what cannot be read is an error (kIo) and
 /// not the end of the process at the first access (SIGBUS). File::map() calls it for up to
-/// kMaxFetchedBytes; larger mappings are read as they are used. Does nothing before Linux 5.14.
+/// kMaxFetchedBytes; of larger mappings MappedBytes::fetch() does for a range. Does nothing before
+/// Linux 5.14.
 Result<void> fetch_mapped(Bytes mapped, std::string_view path);
 inline constexpr uint64_t kMaxFetchedBytes = uint64_t{16} << 20;
 

@@ -54,6 +54,9 @@ class CopiedBytes final : public MappedBytes {
   public:
     explicit CopiedBytes(std::vector<std::byte> bytes) : bytes_(std::move(bytes)) {}
     Bytes bytes() const override { return bytes_; }
+    Result<void> fetch(uint64_t /*offset_bytes*/, uint64_t /*length_bytes*/) const override {
+        return {};
+    }
 
   private:
     std::vector<std::byte> bytes_;

@@ -882,6 +882,7 @@ Result<ChunkIndex::Opened> ChunkIndex::open_checkpoint(io::File& file,
     mapping->path = path;
     STELLARIUM_ASSIGN(mapping->mapped, file.map(0, file_bytes));
     const Bytes bytes = mapping->mapped->bytes();
+    STELLARIUM_TRY(mapping->mapped->fetch(0, kDataOffset));
     const auto header = load<IndexCheckpointHeader>(bytes.first(sizeof(IndexCheckpointHeader)));
     if (header.magic != IndexCheckpointHeader::kMagic) {
         return damaged(path, 0, "this is no index checkpoint");
@@ -965,6 +966,9 @@ Result<void> ChunkIndex::verify_shard(uint32_t number) const {
     }
     const Bytes bytes = mapping_->shard_bytes(row);
     shard.state = ShardState::kDamaged;
+    if (const auto fetched = mapping_->mapped->fetch(row.offset_bytes, bytes.size()); !fetched) {
+        return complain("cannot be read: " + fetched.error().message());
+    }
     if (checksum64(bytes, number) != row.checksum) {
         return complain("fails its checksum");
     }

@@ -21,8 +21,9 @@
 // reader-writer lock; no lock is held across a call to the outside, except that the first touch of
 // a shard of an opened checkpoint may wait for the disk.
 // Ownership: what open_checkpoint() was given may be closed afterwards.
-// Errors: kCorrupt, only for an index opened from a checkpoint, when a shard fails its check at its
-// first touch; see clear_damaged(). An index that was not opened from a checkpoint never fails.
+// Errors: kCorrupt, only for an index opened from a checkpoint, when a shard cannot be read or
+// fails its check at its first touch; see clear_damaged(). An index that was not opened from a
+// checkpoint never fails.
 //
 //     ChunkIndex index;
 //     STELLARIUM_TRY(index.insert(id, PageAddress::make(1, 17)));

@@ -6,6 +6,7 @@
 #include <fstream>
 #include <map>
 #include <set>
+#include <span>
 #include <sstream>
 #include <string>
 #include <thread>
@@ -14,6 +15,7 @@
 #include <vector>
 
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include "io/io.h"
@@ -904,6 +906,54 @@ TEST_F(IndexFiles, AnIndependentReaderFindsEveryPair) {
         expected.emplace(prefix >> 52, (prefix >> 28) % (1 << 24), address_of(i).value());
     }
     EXPECT_EQ(in_file, expected);
+}
+
+TEST_F(IndexFiles, AShardThatCannotBeReadIsDamagedAndNotTheEndOfTheProcess) {
+    if (::madvise(nullptr, 0, MADV_POPULATE_READ) != 0) {
+        GTEST_SKIP() << "Linux before 5.14 cannot say what of a mapping cannot be read";
+    }
+    const auto target = file("cut");
+    const auto id_of = [](uint32_t i) { return hash(std::as_bytes(std::span(&i, 1))); };
+    ChunkIndex written;
+    constexpr uint32_t kPairs = 100'000;
+    for (uint32_t i = 0; i < kPairs; ++i) {
+        ASSERT_TRUE(written.insert(id_of(i), PageAddress::make(1, 1 + i % 16000)).has_value());
+    }
+    ASSERT_TRUE(written.write_checkpoint(*target, {kUuid, 1}).has_value());
+    const auto opened = ChunkIndex::open_checkpoint(*target, kUuid);
+    ASSERT_TRUE(opened.has_value()) << opened.error().message();
+    // What is behind the file's end now is as a sector that cannot be read: SIGBUS for whoever
+    // touches it.
+    const uint64_t size = target->size_bytes().value();
+    ASSERT_TRUE(target->truncate(size / 2).has_value());
+    uint64_t found = 0;
+    uint64_t refused = 0;
+    for (uint32_t i = 0; i < kPairs; ++i) {
+        std::vector<PageAddress> addresses;
+        const auto probed = opened->index->candidates(id_of(i), addresses);
+        if (!probed) {
+            EXPECT_EQ(probed.error().code(), ErrorCode::kCorrupt) << probed.error().message();
+            ++refused;
+        } else {
+            EXPECT_FALSE(addresses.empty());
+            ++found;
+        }
+    }
+    EXPECT_GT(found, kPairs / 4);
+    EXPECT_GT(refused, kPairs / 4);
+    // As a store does with what is damaged.
+    std::vector<bool> shards(kIndexShards);
+    for (const uint32_t shard : opened->index->clear_damaged()) {
+        shards[shard] = true;
+    }
+    for (uint32_t i = 0; i < kPairs; ++i) {
+        if (shards[ChunkIndex::shard_of(id_of(i))]) {
+            const auto address = PageAddress::make(1, 1 + i % 16000);
+            ASSERT_TRUE(opened->index->insert(id_of(i), address).has_value());
+        }
+    }
+    EXPECT_TRUE(opened->index->verify().has_value());
+    EXPECT_EQ(opened->index->size(), kPairs);
 }
 
 }  // namespace
