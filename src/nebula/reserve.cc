@@ -29,9 +29,21 @@ uint64_t size_on(const io::FileSystemSpace& space, uint64_t wanted_bytes) {
 
 }  // namespace
 
+Result<std::optional<uint64_t>> Reserve::size_there() {
+    STELLARIUM_ASSIGN(const bool there, files_.exists(path()));
+    if (!there) {
+        return std::nullopt;
+    }
+    STELLARIUM_ASSIGN(const auto file, files_.open(path(), io::OpenMode::kReadOnly));
+    STELLARIUM_ASSIGN(const uint64_t size, file->size_bytes());
+    return size / kPageBytes * kPageBytes;
+}
+
 Result<void> Reserve::allocate(uint64_t bytes) {
     STELLARIUM_ASSIGN(const auto file, files_.open(path(), io::OpenMode::kCreate));
-    return file->allocate(0, bytes);
+    STELLARIUM_TRY(file->allocate(0, bytes));
+    // So that it says itself how much room it has.
+    return file->truncate(bytes);
 }
 
 void Reserve::hold() {
@@ -40,13 +52,18 @@ void Reserve::hold() {
     }
     const std::lock_guard lock(mutex_);
     const auto space = files_.space(directory_);
-    const auto there = files_.exists(path());
+    const auto there = size_there();
     if (held_bytes_.load() != 0 || !space || !there) {
         return;
     }
-    const uint64_t bytes = size_on(*space, wanted_bytes_);
+    uint64_t bytes = size_on(*space, wanted_bytes_);
+    const std::optional<uint64_t> present = *there;
+    if (present && *present > 0 && *present < bytes && space->free_bytes < 2 * (bytes - *present)) {
+        // The file system has grown since, and is nearly full all the same.
+        bytes = *present;
+    }
     // One that is there takes no more room than it does already.
-    if (bytes == 0 || (!*there && space->free_bytes < 2 * bytes)) {
+    if (bytes == 0 || (!present && space->free_bytes < 2 * bytes)) {
         return;
     }
     if (allocate(bytes)) {

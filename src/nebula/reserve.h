@@ -15,6 +15,7 @@
 #include <atomic>
 #include <cstdint>
 #include <mutex>
+#include <optional>
 #include <string>
 
 #include "base/error.h"
@@ -57,6 +58,8 @@ class Reserve {
 
   private:
     std::string path() const;
+    /// Of the file, in whole pages; nullopt: there is none.
+    Result<std::optional<uint64_t>> size_there();
     Result<void> allocate(uint64_t bytes);
 
     io::FileSystem& files_;

@@ -126,6 +126,20 @@ TEST_F(ReserveTest, IsThereAgainWhenThereIsRoom) {
     EXPECT_EQ(free_bytes(), left);
 }
 
+TEST_F(ReserveTest, IsKeptWhenAFullDiskGrowsALittle) {
+    // More is wanted of the larger disk, and there is no room for more.
+    constexpr uint64_t kLeft = 100 * kKiB;
+    ASSERT_OK(store_->close());
+    store_.reset();
+    machine_.files().set_space_limit(2 * kDisk);
+    const auto other = machine_.files().open("/other", io::OpenMode::kCreate);
+    ASSERT_OK(other);
+    ASSERT_OK((*other)->allocate(0, free_bytes() - kLeft));
+    reopen();
+    EXPECT_EQ(store_->stats().reserve_bytes, kKept);
+    EXPECT_GT(free_bytes(), kLeft - 16 * kKiB);
+}
+
 TEST_F(ReserveTest, TheMapOfTheDeadHasRoomOnAFullDisk) {
     std::vector<ChunkId> kept;
     fill();
