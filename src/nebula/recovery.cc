@@ -123,6 +123,14 @@ Result<void> Recovery::open_sources(const std::vector<uint32_t>& numbers) {
             const auto decoded = decode_segment_header(page, store_id_, number);
             if (!decoded) {
                 header = std::unexpected(decoded.error().with_context(file->path()));
+            } else {
+                STELLARIUM_ASSIGN(
+                    const std::string why_not,
+                    check_versions(decoded->read_version, decoded->write_version,
+                                   decoded->features_refuse, decoded->features_read_only));
+                if (!why_not.empty()) {
+                    log_.not_writable = fmt::format("{}: {}", file->path(), why_not);
+                }
             }
         }
         if (!header && header.error().code() != ErrorCode::kCorrupt) {

@@ -61,8 +61,9 @@ struct RecoveredLog {
     /// With salvage: why records may be missing before the batch with this number; kNoBatch: after
     /// the last one.
     std::map<uint64_t, std::string> missing_before;
-    std::vector<std::string> warnings;    ///< What was cut off, and why.
-    bool cut_tail = false;                ///< tail_segment has bytes behind tail_page.
+    std::vector<std::string> warnings;  ///< What was cut off, and why.
+    std::string not_writable;  ///< Why a segment of the log may be read only; empty: none is.
+    bool cut_tail = false;     ///< tail_segment has bytes behind tail_page.
     std::vector<uint32_t> drop_segments;  ///< Segment files behind the end of the log.
     /// Segments of the log whose header page is not valid (lost by a crash, or damaged); all that
     /// it says is known.

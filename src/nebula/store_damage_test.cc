@@ -768,6 +768,32 @@ TEST(Dump, SaysWhatTheFilesHold) {
     EXPECT_EQ(other.error().code(), ErrorCode::kUnsupported);
 }
 
+TEST(NewerSegment, IsReadAndNotWrittenByItsWords) {
+    // The feature says that whoever does not know it must not write the segment.
+    const Sample sample(8);
+    const auto machine = sample.copy();
+    const uint32_t last = sample.last_segment();
+    {
+        const auto file = machine->files().open(segment_path(last), io::OpenMode::kReadWrite);
+        ASSERT_OK(file);
+        ByteVector page(kPageBytes);
+        ASSERT_OK(io::read_exact(**file, page, 0));
+        auto header = load<SegmentHeader>(page);
+        header.features_read_only = 1;
+        header.checksum = checksum64(bytes_of(header).subspan(kSealBytes));
+        ASSERT_OK(io::write_all(**file, bytes_of(header), 0));
+    }
+    const auto opened = open_store(machine->env(), "/pool", Sample::options());
+    ASSERT_OK(opened);
+    const std::string why = opened->store->read_only_reason().value_or("");
+    EXPECT_NE(why.find(segment_path(last)), std::string::npos) << why;
+    EXPECT_NE(why.find("feature bits"), std::string::npos) << why;
+    EXPECT_EQ(sample.unreadable(*opened->store), 0U);
+    WriteBatch batch;
+    batch.add_record(1, {});
+    EXPECT_EQ(opened->store->append(batch).error().code(), ErrorCode::kReadOnly);
+}
+
 TEST(Dump, GoesOnBehindDamage) {
     Sample sample(8);
     {

@@ -340,6 +340,9 @@ Result<void> StoreImpl::apply_recovery(RecoveredLog& log) {
     for (std::string& sentence : log.warnings) {
         warn(std::move(sentence));
     }
+    if (!log.not_writable.empty()) {
+        set_read_only(log.not_writable);
+    }
     records_lost_ = log.records_lost;
     missing_before_ = std::move(log.missing_before);
     log_end_segment_ = log.tail_segment;

@@ -255,6 +255,21 @@ Result<bool> StoreImpl::punch_segment(Segment& segment) {
     const std::vector<PageRun>& recorded = segment.reclaim.recorded;
     STELLARIUM_ASSIGN(const auto file,
                       files_.open(segments_->path(segment.number()), io::OpenMode::kReadWrite));
+    // A header that says nothing, because it is damaged, forbids nothing.
+    std::vector<std::byte> page(kPageBytes);
+    if (io::read_exact(*file, page, 0)) {
+        const auto header = decode_segment_header(page, store_id_, segment.number());
+        const auto why_not =
+            header ? check_versions(header->read_version, header->write_version,
+                                    header->features_refuse, header->features_read_only)
+                   : Result<std::string>(std::string());
+        if (!why_not || !why_not->empty()) {
+            warn(fmt::format("{}: {}; its space comes back only when all of it is dead",
+                             file->path(), why_not ? *why_not : why_not.error().message()));
+            segment.reclaim.punched = recorded;
+            return false;
+        }
+    }
     for (const PageRun& run : recorded) {
         const auto done =
             std::ranges::lower_bound(segment.reclaim.punched, run.page, {}, &PageRun::page);
