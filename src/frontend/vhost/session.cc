@@ -645,6 +645,12 @@ void Session::finish_pending() {
     if (!pending_.active || in_the_way > 0) {
         return;
     }
+    if (one_queue && has_to_recover(queues_[pending_.queue])) {
+        if (!queues_[pending_.queue].stalled) {
+            schedule(queues_[pending_.queue]);
+        }
+        return;
+    }
     auto stop = [&](Queue& queue) {
         publish(queue);
         clear_kick(queue);
@@ -799,11 +805,23 @@ Result<void> Session::set_inflight_fd(Message& message) {
 
 // ---- Requests -----------------------------------------------------------------------------------
 
+bool Session::stopping(const Queue& queue) const {
+    return pending_.active &&
+           (pending_.type != MessageType::kGetVringBase || pending_.queue == index_of(queue));
+}
+
+bool Session::has_to_recover(const Queue& queue) const {
+    return queue.ring.has_recovered() && !closed_ && !draining_ && queue.enabled &&
+           queue.ring.started() && queue.ring.resolved();
+}
+
 bool Session::running(const Queue& queue) const {
-    bool stopping = pending_.active && (pending_.type != MessageType::kGetVringBase ||
-                                        pending_.queue == index_of(queue));
-    return !closed_ && !draining_ && !stopping && queue.enabled && queue.ring.started() &&
-           queue.ring.resolved();
+    if (stopping(queue)) {
+        // Whoever asks where the ring stands goes on behind what was popped before a crash: nobody
+        // else will complete that.
+        return pending_.type == MessageType::kGetVringBase && has_to_recover(queue);
+    }
+    return !closed_ && !draining_ && queue.enabled && queue.ring.started() && queue.ring.resolved();
 }
 
 void Session::schedule(Queue& queue) {
@@ -880,6 +898,9 @@ void Session::process(Queue& queue) {
             schedule(queue);
             break;
         }
+        if (stopping(queue) && !queue.ring.has_recovered()) {
+            break;
+        }
         Result<bool> popped = queue.ring.pop(*memory, chain);
         if (!popped) {
             // A lost mapping reads as zeros, which is the better explanation of what it broke.
@@ -906,6 +927,9 @@ void Session::process(Queue& queue) {
     }
     publish(queue);
     check_memory();
+    if (!closed_ && stopping(queue)) {
+        finish_pending();
+    }
 }
 
 bool Session::write_through() const {

@@ -140,6 +140,9 @@ class Session : public std::enable_shared_from_this<Session> {
     bool has(ProtocolFeature feature) const { return (protocol_features_ & bit(feature)) != 0; }
 
     // Requests.
+    bool stopping(const Queue& queue) const;
+    /// Requests that were in flight before a crash can be, and have not been, taken up again.
+    bool has_to_recover(const Queue& queue) const;
     bool running(const Queue& queue) const;
     void schedule(Queue& queue);
     void process(Queue& queue);

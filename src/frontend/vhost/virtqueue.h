@@ -76,6 +76,8 @@ class Virtqueue {
     /// Takes the next chain: one that was in flight before a crash, else one newly made available.
     /// False when there is none. kProtocol when the guest broke the rules.
     Result<bool> pop(const GuestMemory& memory, Chain& chain);
+    /// Some that were in flight before a crash have not been popped yet.
+    bool has_recovered() const { return !resubmit_.empty(); }
     /// Records a completion; the driver sees it after publish().
     void push(uint16_t head, uint32_t written_bytes);
     /// Makes pushed completions visible. True when the driver wants to be called.

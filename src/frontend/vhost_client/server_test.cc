@@ -702,6 +702,61 @@ TEST_F(VhostTest, DetachFinishesWhatWasBegunAndGivesUpTheRest) {
     EXPECT_EQ(disk_->writes(), 5U);
 }
 
+TEST_F(VhostTest, StoppingARingWaitsForWhatWasInFlightBeforeACrash) {
+    attach_one({.queues = 2});
+    GuestOptions options;
+    options.queues = 2;
+    options.queue_size = 512;
+    options.inflight = true;
+    TestGuest guest(options);
+    guest.connect(socket());
+    disk_->hold();
+    std::vector<std::unique_ptr<BlkSlot>> slots;
+    for (int i = 0; i < 10; ++i) {
+        slots.push_back(std::make_unique<BlkSlot>(*guest.ram, 512));
+        ASSERT_TRUE(guest.queue(0).add(slots.back()->prepare(kBlkOut, 0, 512)));
+    }
+    guest.queue(0).kick();
+    disk_->wait_until_held(1);
+    while (status().in_flight < 10) {
+        std::this_thread::yield();
+    }
+    // The back-end goes, and gives up the nine that it has not begun.
+    std::thread detaching([&] { STELLARIUM_EXPECT_OK(server_->detach("one")); });
+    while (std::filesystem::exists(socket())) {
+        std::this_thread::yield();
+    }
+    disk_->release();
+    detaching.join();
+    const uint16_t done = guest.queue(0).used_index();
+    ASSERT_LT(done, 10U);
+
+    // The next one has as much to do as it may, so it cannot take them up at once...
+    attach_one({.queues = 2});
+    disk_->hold();
+    guest.connect_only(socket());
+    STELLARIUM_EXPECT_OK(guest.client->share(*guest.ram));
+    STELLARIUM_EXPECT_OK(guest.client->set_inflight(guest.inflight_fd, guest.inflight_layout));
+    BlkSlot flush(*guest.ram, 512);
+    for (size_t i = 0; i < kMaxAsyncRequests; ++i) {
+        ASSERT_TRUE(guest.queue(1).add(flush.prepare(kBlkFlush, 0, 0)));
+    }
+    STELLARIUM_EXPECT_OK(guest.client->start_queue(1, guest.queue(1), 0));
+    disk_->wait_until_held(kMaxAsyncRequests);
+    STELLARIUM_EXPECT_OK(guest.client->start_queue(0, guest.queue(0), done));
+    STELLARIUM_EXPECT_OK(guest.client->config());
+    // ... and is asked where the ring stands, which says that all before it is done.
+    STELLARIUM_EXPECT_OK(
+        guest.client->send(MessageType::kGetVringBase, bytes_of(VringState{0, 0})));
+    disk_->release();
+    Message answer = value_of(guest.client->receive(), "base");
+    EXPECT_EQ(load<VringState>(answer.payload).num, 10U);
+    EXPECT_EQ(guest.queue(0).used_index(), 10U);
+    for (const auto& slot : slots) {
+        EXPECT_EQ(slot->status(), kBlkStatusOk);
+    }
+}
+
 /// A disk of zeros that says in which mode it was asked, and makes the first read wait at a gate.
 class ProbeDisk : public BlockDevice {
   public:
