@@ -10,6 +10,7 @@
 #include <fmt/format.h>
 #include <grp.h>
 #include <malloc.h>
+#include <sys/wait.h>
 #include <systemd/sd-daemon.h>
 #include <unistd.h>
 
@@ -86,20 +87,42 @@ Result<void> become(const ServiceUser& user) {
     return {};
 }
 
+/// Asked before anything is made for that user, by a child that becomes them. Before any thread is
+/// made.
+Result<void> check_access_of(const ServiceUser& user, const std::string& store) {
+    const pid_t child = fork();
+    if (child < 0) {
+        return std::unexpected(Error::from_errno(errno, "start a process as user " + user.name));
+    }
+    if (child == 0) {
+        const bool denied =
+            !become(user) || (access(store.c_str(), R_OK | W_OK | X_OK) != 0 && errno == EACCES);
+        _exit(denied ? 1 : 0);
+    }
+    int status = 0;
+    while (waitpid(child, &status, 0) < 0) {
+        if (errno != EINTR) {
+            return std::unexpected(
+                Error::from_errno(errno, "wait for a process of user " + user.name));
+        }
+    }
+    if (WIFEXITED(status) && WEXITSTATUS(status) == 0) {
+        return {};
+    }
+    return fail(ErrorCode::kPermissionDenied,
+                fmt::format("user {} cannot use the store {}: give it to that user (chown -R {} "
+                            "{}), who must be able to enter the folders above it",
+                            user.name, store, user.name, store));
+}
+
 /// The runtime directory, the user, and the files that are within reach from here on.
 Result<void> give_up_privileges(const DaemonConfig& config, Log& log) {
     if (config.service_user) {
         const ServiceUser& user = *config.service_user;
+        STELLARIUM_TRY(check_access_of(user, config.store));
         STELLARIUM_TRY(
             control::make_private_directory(config.runtime_directory, config.socket_gid, user.uid));
         STELLARIUM_TRY(become(user));
-        if (access(config.store.c_str(), R_OK | W_OK | X_OK) != 0 && errno == EACCES) {
-            return fail(ErrorCode::kPermissionDenied,
-                        fmt::format("user {} cannot use the store {}: give it to that user "
-                                    "(chown -R {} {}), who must be able to enter the folders "
-                                    "above it",
-                                    user.name, config.store, user.name, config.store));
-        }
     } else if (geteuid() == 0) {
         log.warning("running as root",
                     {{"advice",

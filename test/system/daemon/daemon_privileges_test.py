@@ -185,6 +185,9 @@ def as_user(build):
                 check=False, timeout=300)
             check(done.returncode != 0 and f"chown -R {user.pw_name}" in done.stderr,
                   f"a store of root's: {done.returncode}, {done.stderr}")
+            left = [str(path) for path in engine.runtime.rglob("*")
+                    if path.stat().st_uid == user.pw_uid]
+            check(not left, f"what it did not start for is that user's: {left}")
             for path in [engine.store, *engine.store.rglob("*")]:
                 os.chown(path, user.pw_uid, user.pw_gid)
             engine.start_daemon("--user", user.pw_name, "--sandbox", "strict")
