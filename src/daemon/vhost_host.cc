@@ -129,7 +129,8 @@ Result<void> VhostHost::serve(uint64_t id, std::string_view source, Entry& entry
     STELLARIUM_ASSIGN(auto device,
                       pool_.attach(source, {.read_only = entry.options.read_only,
                                             .label = "vhost-user socket " + entry.socket,
-                                            .serial = entry.options.serial}));
+                                            .serial = entry.options.serial,
+                                            .id = id}));
     const uint64_t needed = descriptors_of_attachment(entry.options.queues);
     if (const uint64_t before = descriptors_->fetch_add(needed);
         needed > options_.max_descriptors || before > options_.max_descriptors - needed) {
@@ -213,7 +214,7 @@ Result<AttachmentStatus> VhostHost::attach(std::string_view source,
         record.source = source;
         record.label = "vhost-user socket " + entry.socket;
         record.options = control::encode_attachment(options);
-        attached = pool_.set_attachment(source, std::move(record));
+        attached = pool_.set_attachment(id, std::move(record));
         if (!attached) {
             // Not on record, so it must not be there either.
             if (const auto undone = server_->detach(device_name(id)); !undone) {
@@ -264,7 +265,7 @@ Result<AttachmentStatus> VhostHost::detach(std::string_view source) {
         entries_[id].device.reset();
     }
     entry.device.reset();
-    if (const Result<void> forgotten = pool_.set_attachment(source, std::nullopt); !forgotten) {
+    if (const Result<void> forgotten = pool_.set_attachment(id, std::nullopt); !forgotten) {
         return undo(forgotten.error());
     }
     release(id, std::nullopt);

@@ -126,7 +126,13 @@ class PoolImpl final : public Pool, public DeviceOwner {
     Result<std::shared_ptr<BlockDevice>> attach(std::string_view source,
                                                 const AttachOptions& options) override;
     Result<void> set_attachment(std::string_view source,
-                                std::optional<AttachmentRecord> record) override;
+                                std::optional<AttachmentRecord> record) override {
+        return record_attachment([this, source] { return catalog_.find(source); },
+                                 std::move(record));
+    }
+    Result<void> set_attachment(uint64_t id, std::optional<AttachmentRecord> record) override {
+        return record_attachment([this, id] { return find_by_id(id); }, std::move(record));
+    }
     std::vector<AttachmentRecord> attachments() const override;
 
     PoolStats stats() const override;
@@ -157,6 +163,11 @@ class PoolImpl final : public Pool, public DeviceOwner {
     Result<ArenaOwner> arena_owner() const;
     void announce_arena();
     void stop_threads();
+
+    Result<EntityPtr> find_by_id(uint64_t id) const;
+    /// `find` is called with the operation lock held.
+    Result<void> record_attachment(const std::function<Result<EntityPtr>()>& find,
+                                   std::optional<AttachmentRecord> record);
 
     // Running volumes.
     std::shared_ptr<Volume> running(const EntityPtr& entity) const;
@@ -806,7 +817,8 @@ void PoolImpl::close_device(const std::shared_ptr<Volume>& volume, const Device&
 Result<std::shared_ptr<BlockDevice>> PoolImpl::attach(std::string_view source,
                                                       const AttachOptions& options) {
     const std::lock_guard operation(operations_);
-    STELLARIUM_ASSIGN(const EntityPtr entity, catalog_.find(source));
+    STELLARIUM_ASSIGN(const EntityPtr entity,
+                      options.id == 0 ? catalog_.find(source) : find_by_id(options.id));
     STELLARIUM_TRY(check_intact(*entity));
     if (!options.read_only) {
         if (entity->kind != EntityKind::kVolume) {
@@ -1393,8 +1405,15 @@ Result<void> PoolImpl::chunk_users(std::span<const ChunkId> chunks,
 
 // --- Attachments ---------------------------------------------------------------------------------
 
-Result<void> PoolImpl::set_attachment(std::string_view source,
-                                      std::optional<AttachmentRecord> record) {
+Result<EntityPtr> PoolImpl::find_by_id(uint64_t id) const {
+    if (EntityPtr entity = catalog_.find(id)) {
+        return entity;
+    }
+    return fail(ErrorCode::kNotFound, "it has just been removed");
+}
+
+Result<void> PoolImpl::record_attachment(const std::function<Result<EntityPtr>()>& find,
+                                         std::optional<AttachmentRecord> record) {
     if (record && (record->label.size() > kMaxLabelBytes ||
                    record->options.size() > kMaxAttachmentOptionsBytes)) {
         return fail(ErrorCode::kInvalidArgument,
@@ -1404,7 +1423,7 @@ Result<void> PoolImpl::set_attachment(std::string_view source,
     uint64_t sequence = 0;
     {
         const std::lock_guard lock(operations_);
-        STELLARIUM_ASSIGN(const EntityPtr entity, catalog_.find(source));
+        STELLARIUM_ASSIGN(const EntityPtr entity, find());
         std::optional<nebula::ReserveScope> reserve;
         if (!record) {
             reserve.emplace();  // It comes before a removal.

@@ -298,6 +298,8 @@ struct AttachOptions {
     std::string label{};  ///< Who holds it, for messages: "vhost-user socket vm-1.sock".
     std::string
         serial{};  ///< For BlockDevice::serial; "" takes the volume's name, cut to 20 bytes.
+    /// Only what has this id (EntityInfo::id), whatever has the name meanwhile. 0: by the name.
+    uint64_t id = 0;
 };
 
 struct DiffRange {
@@ -375,6 +377,8 @@ class Pool {
     };
     virtual Result<void> set_attachment(std::string_view source,
                                         std::optional<AttachmentRecord> record) = 0;
+    /// The same of what has this id, whatever its name is by now.
+    virtual Result<void> set_attachment(uint64_t id, std::optional<AttachmentRecord> record) = 0;
     virtual std::vector<AttachmentRecord> attachments() const = 0;
 
     // The whole.

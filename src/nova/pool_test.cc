@@ -194,6 +194,30 @@ TEST(Pool, AttachmentsOnRecordPersist) {
     must(pool->remove({"renamed"}));
 }
 
+TEST(Pool, WhatIsAttachedByItsIdIsThatWhateverItsNameIs) {
+    // A frontend finds out the id, and the names change hands before it goes on.
+    TestPool pool;
+    must(pool->create_volume("vm", 4096));
+    const uint64_t id = must(pool->find("vm")).id;
+    must(pool->rename("vm", "old"));
+    must(pool->create_volume("vm", 8192));
+    {
+        const auto device = must(pool->attach("vm", {.label = "socket", .id = id}));
+        EXPECT_EQ(device->size_bytes(), 4096U);
+        EXPECT_TRUE(must(pool->find("old")).attached);
+        EXPECT_FALSE(must(pool->find("vm")).attached);
+    }
+    must(pool->set_attachment(
+        id, Pool::AttachmentRecord{.source = "vm", .label = "socket", .options = {}}));
+    ASSERT_EQ(pool->attachments().size(), 1U);
+    EXPECT_EQ(pool->attachments()[0].source, "old");
+    must(pool->set_attachment(id, std::nullopt));
+    EXPECT_TRUE(pool->attachments().empty());
+    must(pool->remove({"old"}));
+    EXPECT_EQ(code_of(pool->attach("vm", {.id = id})), ErrorCode::kNotFound);
+    EXPECT_EQ(code_of(pool->set_attachment(id, std::nullopt)), ErrorCode::kNotFound);
+}
+
 TEST(Pool, AGrowingVolumeTellsItsDevices) {
     TestPool pool;
     must(pool->create_volume("vm", kMiB));
