@@ -1286,8 +1286,15 @@ Result<StateLease> PoolImpl::lease_present_state(const EntityPtr& entity, std::s
     if (volume && volume->dirty()) {
         STELLARIUM_TRY(committer_->commit(std::span(&volume, 1), {}));
     }
-    return leases_.take(fmt::format("{} of '{}'", use, catalog_.full_name(*entity)),
-                        [&] { return entity->state(); });
+    const std::string name = catalog_.full_name(*entity);
+    StateLease lease =
+        leases_.take(fmt::format("{} of '{}'", use, name), [&] { return entity->state(); });
+    // Asked when the lease is listed: a collection that froze the catalog without the entity, and
+    // without seeing the lease, may free what it holds.
+    if (entity->removed()) {
+        return fail(ErrorCode::kNotFound, fmt::format("'{}' has just been removed", name));
+    }
+    return lease;
 }
 
 Result<EntityDetail> PoolImpl::detail(std::string_view source) {
