@@ -155,8 +155,12 @@ class PoolImpl final : public Pool, public DeviceOwner {
 
     // Recovery.
     Result<void> open_arena();
-    Result<void> adopt_foreign_arena(std::unique_ptr<Arena> arena);
-    void use_arena(std::unique_ptr<Arena> arena, const ArenaRecord& named);
+    bool holds_writes_of_damaged(std::span<const Arena::Found> slots) const;
+    /// `slots`: what adopt() gave.
+    Result<void> adopt_foreign_arena(std::unique_ptr<Arena> arena,
+                                     std::span<const Arena::Found> slots);
+    void use_arena(std::unique_ptr<Arena> arena, std::span<const Arena::Found> slots,
+                   const ArenaRecord& named);
     void warn_of_damage();
     Result<void> refuse_stale(const ArenaRecord& arena);
     std::unique_ptr<Committer> make_committer(Arena& arena, bool background);
@@ -250,6 +254,8 @@ class PoolImpl final : public Pool, public DeviceOwner {
     std::set<std::string, std::less<>> importing_;  ///< Names promised to imports. Guarded by it.
     /// Slots that the last process left of volumes that are damaged. Guarded by it.
     std::map<uint64_t, std::vector<Slot>> withheld_;
+    /// A checkpoint says which volumes are damaged: they are from now on, whatever is repaired.
+    std::atomic<bool> damage_is_recorded_ = false;
 
     mutable std::mutex running_mutex_;
     // Guarded by running_mutex_:
@@ -491,10 +497,13 @@ Result<void> PoolImpl::open_arena() {
                                 "that were not flushed are not in it: {}",
                                 why));
             }
-        } else if (named.path == own_path) {
-            use_arena(*std::move(found), named);
+        } else if (const std::vector<Arena::Found> slots = (*found)->adopt();
+                   named.path == own_path || holds_writes_of_damaged(slots)) {
+            // Those of damaged volumes cannot be appended, and what is damaged now may be whole for
+            // the next one who opens the pool: they stay where they are.
+            use_arena(*std::move(found), slots, named);
             return {};
-        } else if (auto adopted = adopt_foreign_arena(*std::move(found)); !adopted) {
+        } else if (auto adopted = adopt_foreign_arena(*std::move(found), slots); !adopted) {
             if (adopted.error().code() != ErrorCode::kNoSpace) {
                 return adopted;
             }
@@ -507,7 +516,8 @@ Result<void> PoolImpl::open_arena() {
                 fmt::format("the disk is full, and acknowledged writes stay in {}: remove volumes "
                             "and collect garbage, or make room",
                             named.path));
-            use_arena(*std::move(found), named);
+            const std::vector<Arena::Found> again = (*found)->adopt();
+            use_arena(*std::move(found), again, named);
             return {};
         }
     }
@@ -554,10 +564,11 @@ Result<void> PoolImpl::open_arena() {
 }
 
 /// Goes on with an arena that the last process left, where it is.
-void PoolImpl::use_arena(std::unique_ptr<Arena> arena, const ArenaRecord& named) {
+void PoolImpl::use_arena(std::unique_ptr<Arena> arena, std::span<const Arena::Found> slots,
+                         const ArenaRecord& named) {
     arena_ = std::move(arena);
     committer_ = make_committer(*arena_, options_.background);
-    for (const Arena::Found& slot : arena_->adopt()) {
+    for (const Arena::Found& slot : slots) {
         const EntityPtr entity = catalog_.find(slot.volume);
         if (entity && entity->kind == EntityKind::kVolume && entity->state().damage) {
             withheld_[entity->id].push_back(slot.slot);
@@ -582,13 +593,21 @@ void PoolImpl::announce_arena() {
     static_cast<void>(ignored);
 }
 
+bool PoolImpl::holds_writes_of_damaged(std::span<const Arena::Found> slots) const {
+    return std::ranges::any_of(slots, [this](const Arena::Found& slot) {
+        const EntityPtr entity = catalog_.find(slot.volume);
+        return entity && entity->kind == EntityKind::kVolume && entity->state().damage;
+    });
+}
+
 /// Appends everything that an arena at another place holds, and removes it.
-Result<void> PoolImpl::adopt_foreign_arena(std::unique_ptr<Arena> arena) {
+Result<void> PoolImpl::adopt_foreign_arena(std::unique_ptr<Arena> arena,
+                                           std::span<const Arena::Found> slots) {
     const auto committer = make_committer(*arena, /*background=*/false);
     std::map<uint64_t, std::shared_ptr<Volume>> volumes;
-    for (const Arena::Found& slot : arena->adopt()) {
+    for (const Arena::Found& slot : slots) {
         const EntityPtr entity = catalog_.find(slot.volume);
-        if (entity && entity->kind == EntityKind::kVolume && !entity->state().damage) {
+        if (entity && entity->kind == EntityKind::kVolume) {
             auto& volume = volumes[entity->id];
             if (!volume) {
                 volume = std::make_shared<Volume>(*store_, cache_, *arena, *committer, entity);
@@ -669,7 +688,7 @@ void PoolImpl::warn_of_damage() {
                 withheld == withheld_.end()
                     ? std::string()
                     : fmt::format(" ({} acknowledged writes of it are in the buffer, and are "
-                                  "dropped when the pool is closed)",
+                                  "dropped with the next checkpoint, when the pool is closed)",
                                   withheld->second.size())));
         }
     }
@@ -761,6 +780,13 @@ Result<void> PoolImpl::close() {
             fmt::format("the disk is full: {} bytes of acknowledged writes stay in {} for the "
                         "next start, as long as this system is not booted again",
                         arena_->used_bytes(), arena_->path()));
+    } else if (!withheld_.empty() && !damage_is_recorded_) {
+        // Not known for damaged by the log: whoever opens the pool next may find these volumes
+        // whole, and what was acknowledged of them with it.
+        notice(
+            fmt::format("acknowledged writes of damaged volumes stay in {} for the next start, "
+                        "as long as this system is not booted again",
+                        arena_->path()));
     } else if (!arena_->path().empty()) {
         // Everything is in the log and durable. A file that is left over all the same holds
         // nothing.
@@ -1579,6 +1605,7 @@ Result<PoolImpl::Checkpoint> PoolImpl::make_checkpoint() {
     STELLARIUM_ASSIGN(made.payload, Catalog::save(*store_, made.frozen));
     STELLARIUM_TRY(store_->checkpoint(sequence, made.payload));
     published_payload_ = made.payload;
+    damage_is_recorded_ = true;
     return made;
 }
 

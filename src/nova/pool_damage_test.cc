@@ -286,6 +286,46 @@ TEST(PoolDamage, WhatTheBufferHoldsOfADamagedVolumeIsFreedWithIt) {
     EXPECT_GE(damaged, 2U);
 }
 
+TEST(PoolDamage, AcknowledgedWritesOutliveDamageThatIsMended) {
+    TwoDeltas test;
+    auto a = must(test.pool->attach("a", {}));
+    must(write(*a, kPageBytes, random_bytes(kPageBytes, 9)));
+    must(flush(*a));
+    const auto acknowledged = random_bytes(kPageBytes, 10);
+    must(write(*a, 0, acknowledged));
+    test.devices = {std::move(a)};
+    test.kill();
+    // A command that has the daemon's runtime directory, and one that has none.
+    for (const bool has_runtime : {true, false}) {
+        unsigned damaged = 0;
+        for (uint64_t offset = test.first_byte; offset < test.end_byte; offset += 192) {
+            io::SimulatedMachine machine(test.files->fork(), 1);
+            machine.files().damage(kSegment, offset, 16, offset);
+            PoolOptions options = test.options;
+            if (!has_runtime) {
+                options.runtime_directory.clear();
+            }
+            auto pool = must(Pool::open(machine.env(), TestPool::kDirectory, options));
+            if (pool->read_only_reason() || must(pool->find("a")).damage.empty()) {
+                continue;
+            }
+            ++damaged;
+            must(pool->create_volume("other", kMiB));
+            must(pool->close());
+            pool.reset();
+            // The file comes back from a backup, say.
+            machine.files().damage(kSegment, offset, 16, offset);
+            pool = must(Pool::open(machine.env(), TestPool::kDirectory, options));
+            ASSERT_EQ(must(pool->find("a")).damage, "") << offset;
+            EXPECT_EQ(read(*must(pool->attach("a", {.read_only = true})), 0, kPageBytes),
+                      acknowledged)
+                << "an acknowledged write was lost";
+            must(pool->close());
+        }
+        EXPECT_GE(damaged, 1U);
+    }
+}
+
 TEST(PoolDamage, AShrinkThatCannotBeAppliedIsNotLogged) {
     TwoDeltas test;
     test.kill();
