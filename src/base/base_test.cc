@@ -4,6 +4,7 @@
 
 #include "base/bytes.h"
 #include "base/error.h"
+#include "base/rate_limits.h"
 #include "base/units.h"
 
 namespace stellarium {
@@ -50,6 +51,47 @@ TEST(Units, FormatsThreeDigits) {
     EXPECT_EQ(format_size(10 * kGiB), "10.0 GiB");
     EXPECT_EQ(format_size(1024 * kKiB - 1), "1.00 MiB");
     EXPECT_EQ(format_size(~uint64_t{0}), "16.0 EiB");
+}
+
+TEST(RateLimits, AreCompletedToOneSecondsWorth) {
+    const RateLimits limits = *completed({.iops = 500, .bandwidth_bytes = 20 * kMiB});
+    EXPECT_EQ(limits.iops_burst, 500U);
+    EXPECT_EQ(limits.bandwidth_burst_bytes, 20 * kMiB);
+    EXPECT_EQ(format_rate_limits(limits),
+              "500 requests/s (burst 500), 20.0 MiB/s (burst 20.0 MiB)");
+    EXPECT_EQ(*completed(limits), limits);
+    EXPECT_EQ(completed({.iops = 1000, .iops_burst = 10})->iops_burst, 10U);
+    EXPECT_EQ(*completed({}), RateLimits{});
+    EXPECT_FALSE(RateLimits{}.any());
+    EXPECT_EQ(format_rate_limits({}), "");
+    for (const RateLimits& widest :
+         {RateLimits{.iops = kMaxIops, .iops_burst = kMaxIops * kMaxBurstSeconds},
+          RateLimits{.bandwidth_bytes = kMaxBandwidthBytes,
+                     .bandwidth_burst_bytes = kMaxBandwidthBytes * kMaxBurstSeconds},
+          RateLimits{.iops = kMinIops, .bandwidth_bytes = kMinBandwidthBytes}}) {
+        EXPECT_TRUE(completed(widest).has_value());
+    }
+}
+
+TEST(RateLimits, OutOfBoundsAreRefusedWithTheBounds) {
+    struct Case {
+        RateLimits limits;
+        const char* says;
+    };
+    for (const auto& [limits, says] :
+         {Case{{.iops = kMaxIops + 1}, "from 1 to 100000000 a second"},
+          Case{{.bandwidth_bytes = kMinBandwidthBytes - 1}, "from 4.00 KiB to 1.00 TiB a second"},
+          Case{{.bandwidth_bytes = kMaxBandwidthBytes + 1}, "from 4.00 KiB to 1.00 TiB a second"},
+          Case{{.iops_burst = 1}, "needs a limit of requests"},
+          Case{{.iops = 5, .bandwidth_burst_bytes = kMiB}, "needs a limit of bandwidth"},
+          Case{{.iops = 1001, .iops_burst = 10}, "from 11 to 3603600"},
+          Case{{.iops = 10, .iops_burst = 36'001}, "from 1 to 36000"}}) {
+        const Result<RateLimits> refused = completed(limits);
+        ASSERT_FALSE(refused.has_value()) << says;
+        EXPECT_EQ(refused.error().code(), ErrorCode::kInvalidArgument);
+        EXPECT_NE(refused.error().message().find(says), std::string::npos)
+            << refused.error().message();
+    }
 }
 
 TEST(Bytes, LittleEndianIsByteExact) {
