@@ -65,6 +65,13 @@ void Device::on_resize() {
     }
 }
 
+void Device::set_limits(const RateLimits& limits) {
+    throttle.set(limits, worker->now_ns());
+    if (session != nullptr) {
+        session->on_limits();
+    }
+}
+
 void Device::on_session_drained() {
     session.reset();
     abandoning.store(false);

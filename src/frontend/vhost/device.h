@@ -13,6 +13,7 @@
 #include "frontend/vhost/limits.h"
 #include "frontend/vhost/listener.h"
 #include "frontend/vhost/server.h"
+#include "frontend/vhost/throttle.h"
 #include "frontend/vhost/unique_fd.h"
 #include "frontend/vhost/worker.h"
 
@@ -40,7 +41,8 @@ struct LaneBacklog {
     bool queued = false;
 };
 
-/// Thread rule: the first part is constant after attach; atomics and the guarded text are for all;
+/// Thread rule: the first part is constant after attach, but for options.limits, which the server's
+/// mutex guards; atomics and the guarded text are for all;
 /// the rest belongs to the data thread.
 struct Device : std::enable_shared_from_this<Device> {
     std::string name;
@@ -61,12 +63,16 @@ struct Device : std::enable_shared_from_this<Device> {
     std::atomic<uint64_t> connections{0};
     std::atomic<uint64_t> forced_disconnects{0};
     std::atomic<uint64_t> failures{0};  ///< Requests that the device failed.
+    std::atomic<uint64_t> throttled_requests{0};
+    std::atomic<uint64_t> throttled_ns{0};
     mutable std::mutex fault_mutex;
     std::string last_fault;
     std::array<std::unique_ptr<LaneBacklog>, kLanes> backlogs;  ///< Made at first use.
 
     Listener listener;
     EventSource listener_source;
+    /// Of the device, not of a connection: who connects again finds no full bucket.
+    Throttle throttle;
     std::shared_ptr<Session> session;
     std::function<void()> when_detached;
 
@@ -80,6 +86,7 @@ struct Device : std::enable_shared_from_this<Device> {
     void start_listening();
     void on_listener();
     void on_resize();
+    void set_limits(const RateLimits& limits);
     /// Called by the session when it is closed and none of its requests is outstanding.
     void on_session_drained();
     void begin_detach(std::function<void()> done);

@@ -73,6 +73,9 @@ inline constexpr uint64_t kMaxGuestMemoryBytes = uint64_t{4} << 40;
 /// How often rings without a kick descriptor are looked at.
 inline constexpr int kPollIntervalMs = 1;
 
+/// A timer that is further away than this is looked at again then.
+inline constexpr int kMaxTimerMs = 60'000;
+
 /// How long a listening socket rests when the process has no descriptor left for a connection.
 inline constexpr int kAcceptRetryMs = 1000;
 inline constexpr int kListenBacklog = 8;

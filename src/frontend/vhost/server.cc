@@ -71,6 +71,9 @@ AttachmentStatus status_of(const Device& device) {
     status.queues = device.options.queues;
     status.block_size_bytes = device.options.block_size_bytes;
     status.read_only = device.read_only;
+    status.limits = device.options.limits;
+    status.throttled_requests = device.throttled_requests.load();
+    status.throttled_ns = device.throttled_ns.load();
     status.connected = device.connected.load();
     status.peer_pid = device.peer_pid.load();
     status.in_flight = device.in_flight.load();
@@ -142,7 +145,7 @@ Result<std::unique_ptr<VhostServer>> VhostServer::create(ServerOptions options) 
                            ? options.data_threads
                            : std::max(std::thread::hardware_concurrency(), 1U);
     for (unsigned i = 0; i < threads; ++i) {
-        STELLARIUM_ASSIGN(auto worker, Worker::create(i));
+        STELLARIUM_ASSIGN(auto worker, Worker::create(i, options.clock));
         impl->workers.push_back(std::move(worker));
     }
     std::vector<Worker*> watched;
@@ -158,6 +161,7 @@ Result<void> VhostServer::attach(std::string name, std::shared_ptr<BlockDevice> 
                                  AttachOptions options) {
     UniqueFd given(options.listen_fd);
     STELLARIUM_TRY(check(name, *disk, options));
+    STELLARIUM_ASSIGN(options.limits, completed(options.limits));
     auto device = std::make_shared<Device>();
     device->name = name;
     device->serial = options.serial.empty() ? disk->serial() : options.serial;
@@ -178,6 +182,7 @@ Result<void> VhostServer::attach(std::string name, std::shared_ptr<BlockDevice> 
                       given ? adopt(std::move(given)) : listen_at(options.socket_path));
     device->options = std::move(options);
     device->worker = &impl_->least_loaded();
+    device->throttle.set(device->options.limits, device->worker->now_ns());
     device->worker->device_count().fetch_add(1);
     std::weak_ptr<Device> weak = device;
     device->disk->set_resize_listener([weak](uint64_t) {
@@ -211,6 +216,19 @@ Result<void> VhostServer::detach(std::string_view name) {
     // The data thread may keep the Device to the end of its turn, but nobody uses the disk again.
     device->disk.reset();
     device->worker->device_count().fetch_sub(1);
+    return {};
+}
+
+Result<void> VhostServer::set_limits(std::string_view name, const RateLimits& limits) {
+    STELLARIUM_ASSIGN(const RateLimits wanted, completed(limits));
+    std::lock_guard lock(impl_->mutex);
+    auto found = impl_->devices.find(name);
+    if (found == impl_->devices.end()) {
+        return fail(ErrorCode::kNotFound, fmt::format("'{}' is not attached", name));
+    }
+    const std::shared_ptr<Device>& device = found->second;
+    device->options.limits = wanted;
+    device->worker->post([device, wanted] { device->set_limits(wanted); });
     return {};
 }
 

@@ -33,6 +33,7 @@
 
 #include "base/block_device.h"
 #include "base/error.h"
+#include "base/rate_limits.h"
 #include "frontend/vhost/request.h"
 
 namespace stellarium::vhost {
@@ -45,6 +46,9 @@ struct ServerOptions {
     unsigned data_threads = 0;  ///< 0: one for each processor.
     unsigned blocking_threads = 4;
     Logger logger = {};  ///< Empty: nothing is logged.
+    /// Nanoseconds of a clock that does not go back, for limits of rate; called from any data
+    /// thread. Empty: the system's. For tests.
+    std::function<uint64_t()> clock = {};
 };
 
 struct AttachOptions {
@@ -57,6 +61,7 @@ struct AttachOptions {
     uint32_t block_size_bytes = 512;  ///< 512 or 4096; what the guest sees as logical block.
     bool read_only = false;           ///< Also when the device itself could be written.
     std::string serial = {};          ///< At most 20 bytes; empty: the device's own.
+    RateLimits limits = {};           ///< Over all of its queues.
 };
 
 /// Totals since attach.
@@ -79,6 +84,9 @@ struct AttachmentStatus {
     uint64_t connections = 0;         ///< Front-ends that connected since attach.
     uint64_t forced_disconnects = 0;  ///< Of those, disconnected for breaking the protocol.
     std::string last_fault;           ///< Why the last of those was.
+    RateLimits limits;
+    uint64_t throttled_requests = 0;  ///< Taken later than they could have been, for a limit.
+    uint64_t throttled_ns = 0;        ///< In which such requests waited; in steps, after each wait.
     std::array<RequestTotals, kRequestKinds> totals;  ///< By RequestKind.
 
     const RequestTotals& of(RequestKind kind) const { return totals[static_cast<size_t>(kind)]; }
@@ -104,6 +112,11 @@ class VhostServer {
     /// front-end finds them in its in-flight region when it connects again. Waits as long as the
     /// device takes for what it has begun. kNotFound.
     Result<void> detach(std::string_view name);
+    /// Limits the requests of an attached device, from the next turn of its thread on; without any
+    /// limit, no more. Requests
+    /// that wait for the present ones are looked at again. What is owed under the present ones
+    /// remains so. kInvalidArgument, kNotFound.
+    Result<void> set_limits(std::string_view name, const RateLimits& limits);
     std::vector<AttachmentStatus> status() const;
     Result<AttachmentStatus> status(std::string_view name) const;
     /// Detaches everything and stops the threads. Further attaches fail with kUnavailable.

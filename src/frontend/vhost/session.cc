@@ -4,6 +4,7 @@
 #include <array>
 #include <cerrno>
 #include <chrono>
+#include <cstddef>
 #include <cstring>
 
 #include <fcntl.h>
@@ -290,6 +291,7 @@ void Session::close(std::string_view reason) {
     if (!reason.empty()) {
         device_->log(LogLevel::kInfo, reason);
     }
+    end_holding();
     worker_.unwatch(socket_.get());
     socket_.reset();
     backend_channel_.reset();
@@ -655,6 +657,7 @@ void Session::finish_pending() {
         publish(queue);
         clear_kick(queue);
         queue.stalled = false;
+        queue.was_held = 0;
         return queue.ring.stop();
     };
     uint32_t type = static_cast<uint32_t>(pending_.type);
@@ -848,14 +851,14 @@ void Session::on_kick(uint16_t index) {
             queue.kick = {};
         }
     }
-    if (!queue.stalled) {
+    if (!queue.stalled && !queue.held) {
         schedule(queue);
     }
 }
 
 bool Session::poll(uint16_t index) {
     Queue& queue = queues_[index];
-    if (!closed_ && queue.polled && !queue.stalled) {
+    if (!closed_ && queue.polled && !queue.stalled && !queue.held) {
         schedule(queue);
     }
     queue.on_poll_list = !closed_ && queue.polled;
@@ -880,7 +883,7 @@ void Session::take_turn() {
 
 void Session::process(Queue& queue) {
     publish(queue);
-    if (!running(queue)) {
+    if (!running(queue) || (queue.held && !stopping(queue))) {
         return;
     }
     std::shared_ptr<const GuestMemory> memory = memory_;
@@ -901,7 +904,12 @@ void Session::process(Queue& queue) {
         if (stopping(queue) && !queue.ring.has_recovered()) {
             break;
         }
-        Result<bool> popped = queue.ring.pop(*memory, chain);
+        const bool admitted = may_take(queue);
+        if (!admitted && queue.ring.waiting() > 0) {
+            hold(queue, taken > 0);
+            break;
+        }
+        Result<bool> popped = admitted ? queue.ring.pop(*memory, chain) : Result<bool>(false);
         if (!popped) {
             // A lost mapping reads as zeros, which is the better explanation of what it broke.
             publish(queue);
@@ -915,6 +923,10 @@ void Session::process(Queue& queue) {
             }
             queue.ring.disable_notifications();
             continue;
+        }
+        if (queue.was_held > 0) {
+            --queue.was_held;
+            add(device_->throttled_requests, 1);
         }
         start_request(queue, chain, disk);
         if (closed_) {
@@ -932,6 +944,63 @@ void Session::process(Queue& queue) {
     }
 }
 
+bool Session::may_take(const Queue& queue) {
+    // A stop does not wait for a limit: what has to be done before it is paid for afterwards. What
+    // comes while others are held back does not overtake them.
+    return !device_->throttle.limited() || stopping(queue) ||
+           (held_.empty() && device_->throttle.admits(worker_.now_ns()));
+}
+
+void Session::hold(Queue& queue, bool was_served) {
+    queue.held = true;
+    if (held_.empty()) {
+        held_since_ns_ = worker_.now_ns();
+        timer_at_ns_ = device_->throttle.admits_at();
+        worker_.start_timer(timer_at_ns_, *this);
+    }
+    if (was_served) {
+        held_.push_back(index_of(queue));
+    } else {
+        held_.insert(held_.begin() + static_cast<std::ptrdiff_t>(unserved_), index_of(queue));
+        ++unserved_;
+    }
+}
+
+void Session::end_holding() {
+    if (held_.empty()) {
+        return;
+    }
+    worker_.stop_timer(timer_at_ns_, *this);
+    add(device_->throttled_ns, worker_.now_ns() - held_since_ns_);
+    for (uint16_t index : held_) {
+        queues_[index].held = false;
+    }
+    held_.clear();
+    unserved_ = 0;
+}
+
+void Session::release_held() {
+    const std::deque<uint16_t> held = held_;
+    end_holding();
+    for (uint16_t index : held) {
+        Queue& queue = queues_[index];
+        if (queue.ring.started() && queue.ring.resolved()) {
+            queue.was_held = queue.ring.waiting();
+        }
+        schedule(queue);
+    }
+}
+
+void Session::on_timer() {
+    release_held();
+}
+
+void Session::on_limits() {
+    if (!closed_) {
+        release_held();
+    }
+}
+
 bool Session::write_through() const {
     // VIRTIO 1.2, 5.2.6.2: a driver without flush expects a completed write to be stable.
     return (features_ & feature_bit(kBlkFeatureFlush)) == 0;
@@ -946,6 +1015,10 @@ void Session::start_request(Queue& queue, Chain& chain, const DiskView& disk) {
         break_off(decoded.error().with_context(fmt::format("queue {}", request->queue)));
         return;
     }
+    const bool moves_data =
+        request->kind == RequestKind::kRead || request->kind == RequestKind::kWrite;
+    device_->throttle.charge(moves_data && request->status == kBlkStatusOk ? request->length_bytes
+                                                                           : 0);
     if (request->status != kBlkStatusOk) {
         return finish(queue, std::move(request));
     }

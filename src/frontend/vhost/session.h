@@ -7,6 +7,12 @@
 // A request is first tried on the data thread without waiting. When it would have to wait it goes
 // to the blocking pool, and a flush to the device; it comes back by on_completed().
 //
+// A device with limits of rate takes a request only when its throttle admits it (throttle.h). A
+// ring whose next request is not admitted is held back: it is not read, and its guest is not asked
+// for kicks, until the worker's timer says that there are tokens. Nothing is taken from it
+// meanwhile, so it can be stopped, reset or lost as if it were idle. Held rings take turns: one
+// that got something waits behind those that got nothing.
+//
 // After close() nothing of the guest's memory is written by this session's rings any more: the
 // front-end may already have handed the rings to someone else. What waits for a thread is given up;
 // what the device has begun is finished, its completion is dropped, and only then may the next
@@ -62,6 +68,9 @@ class Session : public std::enable_shared_from_this<Session> {
     void take_turn();
     /// For a ring without kick descriptor; false when it no longer is one.
     bool poll(uint16_t queue);
+    /// Looks again at the rings that are held back.
+    void on_timer();
+    void on_limits();
     void on_completed(std::unique_ptr<Request> request);
     /// Tells the guest that the configuration space has changed.
     void on_resize();
@@ -84,6 +93,8 @@ class Session : public std::enable_shared_from_this<Session> {
         bool on_poll_list = false;
         bool ready = false;    ///< Among ready_.
         bool stalled = false;  ///< Waits for requests to come back.
+        bool held = false;     ///< Among held_.
+        size_t was_held = 0;   ///< Of the requests in the ring, those that were held back.
         uint32_t in_flight = 0;
     };
 
@@ -146,6 +157,11 @@ class Session : public std::enable_shared_from_this<Session> {
     bool running(const Queue& queue) const;
     void schedule(Queue& queue);
     void process(Queue& queue);
+    /// The throttle admits a request of this ring.
+    bool may_take(const Queue& queue);
+    void hold(Queue& queue, bool was_served);
+    void release_held();
+    void end_holding();
     void start_request(Queue& queue, Chain& chain, const DiskView& disk);
     void submit(Queue& queue, std::unique_ptr<Request> request, Lane lane);
     void submit_flush(Queue& queue, std::unique_ptr<Request> request);
@@ -185,6 +201,10 @@ class Session : public std::enable_shared_from_this<Session> {
     std::deque<uint16_t> ready_;  ///< Rings with work, the next one first.
     bool on_ready_list_ = false;  ///< On the worker's list.
     uint64_t turn_budget_ = 0;    ///< What is left of kTurnBudgetBytes in this turn.
+    std::deque<uint16_t> held_;   ///< Rings that are held back, the next one first.
+    size_t unserved_ = 0;         ///< Those at its front that got nothing when last looked at.
+    uint64_t held_since_ns_ = 0;  ///< When held_ is not empty.
+    uint64_t timer_at_ns_ = 0;    ///< When held_ is not empty: the worker's timer.
     size_t async_ = 0;            ///< Requests in flight: in the pool, or waiting for a flush.
     bool any_stalled_ = false;
     bool draining_ = false;

@@ -180,6 +180,11 @@ uint16_t Virtqueue::stop() {
     return last_available_;
 }
 
+size_t Virtqueue::waiting() const {
+    const auto available = static_cast<uint16_t>(available_index() - last_available_);
+    return resubmit_.size() + std::min(available, size_);
+}
+
 Result<bool> Virtqueue::pop(const GuestMemory& memory, Chain& chain) {
     chain.readable.clear();
     chain.writable.clear();

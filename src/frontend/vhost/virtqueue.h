@@ -78,6 +78,8 @@ class Virtqueue {
     Result<bool> pop(const GuestMemory& memory, Chain& chain);
     /// Some that were in flight before a crash have not been popped yet.
     bool has_recovered() const { return !resubmit_.empty(); }
+    /// Chains that pop() would give, as far as the guest is to be believed.
+    size_t waiting() const;
     /// Records a completion; the driver sees it after publish().
     void push(uint16_t head, uint32_t written_bytes);
     /// Makes pushed completions visible. True when the driver wants to be called.

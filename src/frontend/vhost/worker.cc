@@ -1,5 +1,6 @@
 #include "frontend/vhost/worker.h"
 
+#include <algorithm>
 #include <array>
 #include <cassert>
 #include <cerrno>
@@ -17,8 +18,9 @@
 
 namespace stellarium::vhost {
 
-Result<std::unique_ptr<Worker>> Worker::create(unsigned number) {
+Result<std::unique_ptr<Worker>> Worker::create(unsigned number, NowNs clock) {
     std::unique_ptr<Worker> worker(new Worker());
+    worker->clock_ = std::move(clock);
     worker->epoll_ = UniqueFd(::epoll_create1(EPOLL_CLOEXEC));
     worker->wake_fd_ = UniqueFd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
     if (!worker->epoll_ || !worker->wake_fd_) {
@@ -154,12 +156,8 @@ void Worker::run() {
     std::array<epoll_event, 64> events;
     while (run_posted()) {
         graveyard_.clear();
-        int timeout_ms = !ready_.empty()          ? 0
-                         : !polled_.empty()       ? kPollIntervalMs
-                         : !late_accepts_.empty() ? kAcceptRetryMs
-                                                  : -1;
-        int count =
-            ::epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()), timeout_ms);
+        int count = ::epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()),
+                                 timeout_ms());
         for (int i = 0; i < count; ++i) {
             auto& source = *static_cast<EventSource*>(events[static_cast<size_t>(i)].data.ptr);
             switch (source.kind) {
@@ -179,10 +177,49 @@ void Worker::run() {
         if (!polled_.empty()) {
             run_polled();
         }
+        if (!timers_.empty()) {
+            run_timers();
+        }
         run_ready();
         if (!late_accepts_.empty() && std::chrono::steady_clock::now() >= next_accept_) {
             run_late_accepts();
         }
+    }
+}
+
+int Worker::timeout_ms() const {
+    if (!ready_.empty()) {
+        return 0;
+    }
+    int timeout_ms = !polled_.empty()         ? kPollIntervalMs
+                     : !late_accepts_.empty() ? kAcceptRetryMs
+                                              : -1;
+    if (!timers_.empty()) {
+        // Rounded up, so that the thread does not run in circles for the last part of it.
+        const uint64_t now = now_ns();
+        const uint64_t at = timers_.begin()->first;
+        const uint64_t left_ms = at <= now ? 0 : (at - now + 999'999) / 1'000'000;
+        const int timer_ms = static_cast<int>(std::min<uint64_t>(left_ms, kMaxTimerMs));
+        timeout_ms = timeout_ms < 0 ? timer_ms : std::min(timeout_ms, timer_ms);
+    }
+    return timeout_ms;
+}
+
+uint64_t Worker::now_ns() const {
+    if (clock_) {
+        return clock_();
+    }
+    return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(
+                                     std::chrono::steady_clock::now().time_since_epoch())
+                                     .count());
+}
+
+void Worker::run_timers() {
+    const uint64_t now = now_ns();
+    while (!timers_.empty() && timers_.begin()->first <= now) {
+        Session* session = timers_.begin()->second;
+        timers_.erase(timers_.begin());
+        session->on_timer();
     }
 }
 

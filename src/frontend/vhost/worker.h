@@ -17,7 +17,9 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "base/error.h"
@@ -38,9 +40,13 @@ struct EventSource {
     uint16_t queue = 0;
 };
 
+/// Nanoseconds of a clock that does not go back.
+using NowNs = std::function<uint64_t()>;
+
 class Worker {
   public:
-    static Result<std::unique_ptr<Worker>> create(unsigned number);
+    /// `clock`: for limits of rate; empty for the system's.
+    static Result<std::unique_ptr<Worker>> create(unsigned number, NowNs clock = {});
     /// Stops the loop after what was posted, and joins it.
     ~Worker();
     Worker(const Worker&) = delete;
@@ -65,6 +71,11 @@ class Worker {
     void poll_queue(const std::weak_ptr<Session>& session, uint16_t queue);
     /// Calls Device::on_listener again in a while: the process was out of descriptors.
     void accept_later(const std::weak_ptr<Device>& device);
+    uint64_t now_ns() const;
+    /// Calls Session::on_timer() at that time or up to a millisecond later. The session stops the
+    /// timer before it ends. One for each session at a time.
+    void start_timer(uint64_t at_ns, Session& session) { timers_.emplace(at_ns, &session); }
+    void stop_timer(uint64_t at_ns, Session& session) { timers_.erase({at_ns, &session}); }
     void keep_until_end_of_turn(std::shared_ptr<void> object);
     /// write() of eight bytes to a descriptor whose other owner could make it wait. False when it
     /// had to be interrupted.
@@ -86,8 +97,11 @@ class Worker {
     bool run_posted();
     void run_ready();
     void run_polled();
+    void run_timers();
+    int timeout_ms() const;
     void run_late_accepts();
 
+    NowNs clock_;
     UniqueFd epoll_;
     UniqueFd wake_fd_;
     EventSource wake_source_;
@@ -104,6 +118,7 @@ class Worker {
 
     std::deque<std::shared_ptr<Session>> ready_;
     std::vector<PolledQueue> polled_;
+    std::set<std::pair<uint64_t, Session*>> timers_;  ///< By time.
     std::vector<std::weak_ptr<Device>> late_accepts_;
     std::chrono::steady_clock::time_point next_accept_;
     std::vector<std::shared_ptr<void>> graveyard_;

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -133,7 +134,8 @@ class VhostTest : public ::testing::Test {
 
     void start_server() {
         ServerOptions options;
-        options.data_threads = 2;
+        options.data_threads = data_threads_;
+        options.clock = clock_;
         options.logger = [this](LogLevel level, std::string_view device, std::string_view message) {
             std::lock_guard lock(log_mutex_);
             log_ += std::string(device) + ": " + std::string(message) + "\n";
@@ -171,6 +173,8 @@ class VhostTest : public ::testing::Test {
         return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size()) == 0;
     }
 
+    unsigned data_threads_ = 2;        ///< Before SetUp().
+    std::function<uint64_t()> clock_;  ///< The same; empty for the system's.
     TemporaryFolder folder_;
     std::shared_ptr<MemoryDisk> disk_;
     std::unique_ptr<VhostServer> server_;
