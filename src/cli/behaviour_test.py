@@ -1024,14 +1024,31 @@ class Fsck(TestCase):
         s.ok("image", "export", "i", "i.raw")
         self.assertEqual((s.folder / "i.raw").read_bytes(), content)
 
-    def test_without_a_superblock_nothing_can_be_repaired(self):
+    def test_a_superblock_is_made_anew_where_the_log_is_whole(self):
+        s, content = self.filled()
+        (s.path / "superblock").unlink()
+        code, report = self.fsck(s)
+        self.assertEqual((code, report["usable"], report["lost"]), (EXIT["corrupt"], True, []))
+        self.assertIn("all is well", s.ok("fsck", "--data", "--repair").out)
+        s.ok("volume", "export", "v", "v.raw")
+        self.assertEqual((s.folder / "v.raw").read_bytes()[:len(content)], content)
+        s.ok("volume", "create", "new", "--size", "1MiB")
+
+    def test_without_a_superblock_and_the_first_changes_nothing_can_be_repaired(self):
         s, _ = self.filled()
+        s.ok("snapshot", "rm", "v@s")
+        s.ok("volume", "rm", "v")
+        s.ok("image", "rm", "i")
+        s.ok("volume", "create", "new", "--size", "1MiB")
+        s.ok("gc")
         (s.path / "superblock").unlink()
         for words in ([], ["--repair"]):
             code, report = self.fsck(s, *words)
             self.assertEqual(code, EXIT["corrupt"])
             self.assertFalse(report["usable"])
-        self.assertIn("backup", s.run("fsck").out)
+        text = s.run("fsck").out
+        self.assertIn("backup", text)
+        self.assertIn("every batch", text)
 
 
 class Attach(TestCase):

@@ -91,6 +91,10 @@ enum class Salvage : uint8_t {
     kNone,
     kNewestCheckpoint,
     kOlderCheckpoint,  ///< The one before the newest; kNotFound from open(): there is none.
+    /// No checkpoint, but the log from the first batch on; no copy of the superblock is needed
+    /// either. kNotFound from open(): it does not hold every batch any more. It takes 50 bytes of
+    /// memory for each chunk.
+    kWholeLog,
 };
 
 class SalvagedStore : public Store {

@@ -14,13 +14,14 @@ constexpr int kReadOnlyLooks = 3;
 class Recovery {
   public:
     Recovery(io::FileSystem& files, SegmentSet& segments, const StoreId& store_id,
-             const SuperblockSlot& superblock, bool may_write, bool salvage)
+             const SuperblockSlot& superblock, bool may_write, bool salvage, bool proof_lost)
         : files_(files),
           segments_(segments),
           store_id_(store_id),
           superblock_(superblock),
           may_write_(may_write),
-          salvage_(salvage) {}
+          salvage_(salvage),
+          proof_lost_(proof_lost) {}
 
     Result<RecoveredLog> run(const std::vector<uint32_t>& numbers);
 
@@ -41,6 +42,10 @@ class Recovery {
     };
 
     Result<void> open_sources(const std::vector<uint32_t>& numbers);
+    /// Of a source whose batches are read again from the first one on.
+    std::vector<PageRun> dead_of(size_t source) const {
+        return segments_.known_dead_runs(sources_[source].number);
+    }
     Result<void> read_before_checkpoint();
     Result<void> read_after_checkpoint();
     /// The batch that the next segment's first one follows; nullopt when there is none.
@@ -68,6 +73,7 @@ class Recovery {
     const SuperblockSlot& superblock_;
     const bool may_write_;
     const bool salvage_;
+    const bool proof_lost_;
     std::vector<Source> sources_;
     RecoveredLog log_;
 };
@@ -244,7 +250,7 @@ Result<void> Recovery::read_after_checkpoint() {
         std::string why;
         std::optional<ScannedBatch> found;
         auto batch = read_batch(*sources_[source].file, store_id_, sources_[source].number, page,
-                                DataCheck::kHashes);
+                                DataCheck::kHashes, dead_of(source));
         if (batch && next_follows == log_.last_sequence) {
             // A writer goes on in the next segment and does not come back: this one's append
             // failed.
@@ -266,8 +272,9 @@ Result<void> Recovery::read_after_checkpoint() {
 
         if (!found && source + 1 < sources_.size()) {
             // A segment's last batch: the log goes on where the next segment says so.
-            auto next = read_batch(*sources_[source + 1].file, store_id_,
-                                   sources_[source + 1].number, 1, DataCheck::kHashes);
+            auto next =
+                read_batch(*sources_[source + 1].file, store_id_, sources_[source + 1].number, 1,
+                           DataCheck::kHashes, dead_of(source + 1));
             if (next && next->previous_sequence == log_.last_sequence) {
                 log_.counters.add_pages(footer_pages(sources_[source].entries));
                 log_.footers_needed.push_back({.segment = sources_[source].number,
@@ -462,6 +469,23 @@ Result<void> Recovery::end_log(size_t source, uint32_t page, const std::string& 
         }
         return {};
     }
+    if (proof_lost_) {
+        uint64_t behind = 0;
+        for (size_t i = source; i < sources_.size(); ++i) {
+            STELLARIUM_ASSIGN(const uint64_t size, sources_[i].file->size_bytes());
+            const uint64_t end = i == source ? uint64_t{page} * kPageBytes : kPageBytes;
+            behind += size > end ? size - end : 0;
+        }
+        if (behind > 0) {
+            log_.damage.push_back(
+                fmt::format("{} bytes follow batch {}, the last that is whole, and without a "
+                            "superblock nobody knows whether they were acknowledged ({})",
+                            behind, log_.last_sequence, why));
+            log_.records_lost = true;
+            log_.missing_before.emplace(RecoveredLog::kNoBatch, log_.damage.back());
+            return {};
+        }
+    }
     const char* cut = may_write_ && !salvage_ ? "are cut off" : "are ignored";
     if (keep_segment) {
         STELLARIUM_ASSIGN(const uint64_t size, log_.tail_file->size_bytes());
@@ -505,9 +529,10 @@ void Counters::add_pages(uint32_t pages) {
 
 Result<RecoveredLog> recover_log(io::FileSystem& files, SegmentSet& segments,
                                  const StoreId& store_id, const SuperblockSlot& superblock,
-                                 const std::vector<uint32_t>& numbers, bool may_write,
-                                 bool salvage) {
-    return Recovery(files, segments, store_id, superblock, may_write, salvage).run(numbers);
+                                 const std::vector<uint32_t>& numbers, bool may_write, bool salvage,
+                                 bool proof_lost) {
+    return Recovery(files, segments, store_id, superblock, may_write, salvage, proof_lost)
+        .run(numbers);
 }
 
 }  // namespace stellarium::nebula

@@ -89,10 +89,11 @@ struct RecoveredLog {
 /// synced and dropped from the page cache, so that what is judged is what the disk holds (after a
 /// failed sync of an earlier process the cache may be better than the disk). With `salvage` a
 /// damaged log is followed behind what is damaged: to the next valid batch, however far that is, as
-/// long as something proves that there was more.
+/// long as something proves that there was more. With `proof_lost` the superblock's durable number
+/// is not known: what lies behind the end of the log counts as lost then, and not as torn.
 Result<RecoveredLog> recover_log(io::FileSystem& files, SegmentSet& segments,
                                  const StoreId& store_id, const SuperblockSlot& superblock,
-                                 const std::vector<uint32_t>& numbers, bool may_write,
-                                 bool salvage);
+                                 const std::vector<uint32_t>& numbers, bool may_write, bool salvage,
+                                 bool proof_lost);
 
 }  // namespace stellarium::nebula

@@ -273,7 +273,15 @@ Result<void> StoreImpl::report_footer(Segment& segment, const SegmentScan& scan,
                                       const std::function<void(Finding)>& report) {
     FooterDifference difference = compare_footer(segment, scan);
     if (difference.different.empty()) {
-        return {};
+        // Recovery has read the batches, and not the footer, which may know better.
+        const std::vector<Entry> present = segments_->entries_in_memory(segment);
+        const auto is_same = [](const Entry& a, const Entry& b) {
+            return place_of(a) == place_of(b) && a.id == b.id;
+        };
+        if (present.empty() || std::ranges::equal(present, difference.entries, is_same)) {
+            return {};
+        }
+        return take_entries(segment, std::move(difference.entries));
     }
     const Entry& first = difference.different.front();
     report({.kind = Finding::Kind::kFooter,
@@ -285,12 +293,15 @@ Result<void> StoreImpl::report_footer(Segment& segment, const SegmentScan& scan,
             .id = first.id,
             .consequence = "chunks may not be found",
             .advice = "--repair writes it anew"});
-    // What follows finds them, and a repair writes them.
+    return take_entries(segment, std::move(difference.entries));
+}
+
+/// What follows finds them, and a repair writes them.
+Result<void> StoreImpl::take_entries(Segment& segment, std::vector<Entry> entries) {
     std::vector<Entry> live;
-    segments_->set_entries(segment, std::move(difference.entries));
-    STELLARIUM_TRY(segments_->visit_live(segment, [&live](std::span<const Entry> entries) {
-        live.assign(entries.begin(), entries.end());
-    }));
+    segments_->set_entries(segment, std::move(entries));
+    STELLARIUM_TRY(segments_->visit_live(
+        segment, [&live](std::span<const Entry> all) { live.assign(all.begin(), all.end()); }));
     return with_index([&] { return insert_entries(segment.number(), live, nullptr); });
 }
 

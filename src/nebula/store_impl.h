@@ -242,6 +242,14 @@ class StoreImpl final : public SalvagedStore {
 
     // Opening.
     Result<void> read_superblock();
+    /// The place of a superblock for a salvage of the whole log: `newest` is its newest valid copy,
+    /// if there is one.
+    Result<void> begin_at_first_batch(const std::optional<SuperblockSlot>& newest);
+    /// The store whose segments most of the files are.
+    Result<StoreId> store_of_segments();
+    /// The highest number of a dead map of this store that can be read; 0: none.
+    Result<uint32_t> newest_dead_map();
+    Result<void> check_whole_log() const;
     Result<void> open_dead_map();
     Result<void> open_segments();
     Result<void> apply_recovery(RecoveredLog& log);
@@ -257,6 +265,7 @@ class StoreImpl final : public SalvagedStore {
                     const SegmentScan& next) const;
     Result<void> report_scan(Segment& segment, const SegmentScan& scan, CheckCounts& counts,
                              const std::function<void(Finding)>& report);
+    Result<void> take_entries(Segment& segment, std::vector<Entry> entries);
     Result<void> report_footer(Segment& segment, const SegmentScan& scan,
                                const std::function<void(Finding)>& report);
     /// Nothing proves that this segment's batches were ever acknowledged.
@@ -452,6 +461,7 @@ class StoreImpl final : public SalvagedStore {
     uint32_t last_found_segment_ = 0;                ///< Those above it are made by the salvage.
     std::map<uint32_t, std::vector<PageRun>> gaps_;  ///< By segment, as check() found them.
     bool gaps_searched_ = false;
+    bool proof_lost_ = false;  ///< No copy of the superblock says how far the log was durable.
     bool segments_missing_ = false;  ///< The folder: made again with the first segment.
     std::unordered_map<ChunkId, GapContent, Hash256Hasher> gap_contents_;
 };

@@ -1,6 +1,8 @@
 #include <algorithm>
+#include <charconv>
 #include <utility>
 
+#include "nebula/dead_map.h"
 #include "nebula/store_impl.h"
 
 namespace stellarium::nebula {
@@ -153,7 +155,7 @@ Result<std::unique_ptr<Store>> Store::open(const io::Env& env, const std::string
 
 Result<void> StoreImpl::open() {
     STELLARIUM_ASSIGN(const bool there, files_.exists(join_path(directory_, kSuperblockName)));
-    if (!there) {
+    if (!there && salvage_ != Salvage::kWholeLog) {
         return fail(ErrorCode::kNotFound,
                     fmt::format("{} holds no store (there is no superblock): create one with "
                                 "'stellarctl init'",
@@ -170,6 +172,9 @@ Result<void> StoreImpl::open() {
         std::make_unique<SegmentSet>(files_, directory_, store_id_, options_.mapped_footers);
     STELLARIUM_TRY(open_dead_map());
     STELLARIUM_TRY(open_segments());
+    if (salvage_ == Salvage::kWholeLog) {
+        STELLARIUM_TRY(check_whole_log());
+    }
     STELLARIUM_TRY(open_index());
     STELLARIUM_TRY(finish_reclaim());
     if (salvage_ != Salvage::kNone) {
@@ -196,6 +201,10 @@ Result<void> StoreImpl::open() {
 
 Result<void> StoreImpl::read_superblock() {
     const std::string path = join_path(directory_, kSuperblockName);
+    STELLARIUM_ASSIGN(const bool there, files_.exists(path));
+    if (!there) {
+        return begin_at_first_batch(std::nullopt);
+    }
     const auto mode = options_.read_only ? io::OpenMode::kReadOnly : io::OpenMode::kReadWrite;
     STELLARIUM_ASSIGN(superblock_file_, files_.open(path, mode));
     if (!options_.read_only) {
@@ -265,11 +274,15 @@ Result<void> StoreImpl::read_superblock() {
         newest = older;
         newest->generation = generation;
     }
-    if (!newest) {
+    if (!newest && salvage_ != Salvage::kWholeLog) {
         return fail(ErrorCode::kCorrupt,
                     fmt::format("no copy of the superblock is valid: {}; if this is a store, "
-                                "restore the file from a backup",
+                                "'stellarctl fsck --repair' makes it anew where the log still "
+                                "holds every change; else restore the file from a backup",
                                 damage.front()));
+    }
+    if (!newest) {
+        return begin_at_first_batch(newest);
     }
     const auto why_not_writable =
         check_versions(newest->read_version, newest->write_version, newest->features_refuse,
@@ -281,11 +294,122 @@ Result<void> StoreImpl::read_superblock() {
     if (!why_not_writable->empty()) {
         set_read_only(fmt::format("{}: {}", path, *why_not_writable));
     }
+    if (salvage_ == Salvage::kWholeLog) {
+        return begin_at_first_batch(newest);
+    }
     for (std::string& sentence : damage) {
         warn(fmt::format("{}; another copy is used", sentence));
     }
     superblock_ = *newest;
     store_id_ = newest->store_id;
+    return {};
+}
+
+Result<StoreId> StoreImpl::store_of_segments() {
+    const std::string directory = join_path(directory_, kSegmentsName);
+    STELLARIUM_ASSIGN(const auto entries, files_.list(directory));
+    std::map<StoreId, uint64_t> found;
+    std::vector<std::byte> page(kPageBytes);
+    for (const io::DirectoryEntry& entry : entries) {
+        const auto number = parse_segment_file_name(entry.name);
+        if (!number || entry.is_directory) {
+            continue;
+        }
+        STELLARIUM_ASSIGN(const auto file,
+                          files_.open(join_path(directory_, segment_file_name(*number)),
+                                      io::OpenMode::kReadOnly));
+        const auto read = [&](uint64_t offset) -> Result<bool> {
+            auto got = io::read_exact(*file, page, offset);
+            if (!got && got.error().code() != ErrorCode::kCorrupt) {
+                return std::unexpected(std::move(got).error());
+            }
+            return got.has_value();
+        };
+        STELLARIUM_ASSIGN(const bool has_header, read(0));
+        const StoreId claimed = load<SegmentHeader>(page).store_id;
+        if (has_header && decode_segment_header(page, claimed, *number)) {
+            ++found[claimed];
+            continue;
+        }
+        STELLARIUM_ASSIGN(const bool has_batch, read(kPageBytes));
+        const StoreId of_batch = load<BatchHeader>(page).store_id;
+        if (has_batch && read_batch_header(*file, of_batch, *number, 1)) {
+            ++found[of_batch];
+        }
+    }
+    const auto most =
+        std::ranges::max_element(found, {}, [](const auto& of_store) { return of_store.second; });
+    if (most == found.end()) {
+        return fail(ErrorCode::kNotFound,
+                    fmt::format("no file in {} begins as a segment of any store", directory));
+    }
+    return most->first;
+}
+
+Result<uint32_t> StoreImpl::newest_dead_map() {
+    STELLARIUM_ASSIGN(const auto entries, files_.list(directory_));
+    uint32_t newest = 0;
+    for (const io::DirectoryEntry& entry : entries) {
+        uint32_t generation = 0;
+        const std::string_view name = entry.name;
+        constexpr std::string_view kPrefix = "dead-";
+        if (!name.starts_with(kPrefix)) {
+            continue;
+        }
+        std::from_chars(name.data() + kPrefix.size(), name.data() + name.size(), generation);
+        if (generation <= newest || name != dead_map_file_name(generation)) {
+            continue;
+        }
+        STELLARIUM_ASSIGN(const auto file,
+                          files_.open(join_path(directory_, name), io::OpenMode::kReadOnly));
+        STELLARIUM_ASSIGN(const uint64_t size, file->size_bytes());
+        std::vector<std::byte> bytes(size);
+        STELLARIUM_TRY(io::read_exact(*file, bytes, 0));
+        if (decode_dead_map(bytes, store_id_, generation)) {
+            newest = generation;
+        }
+    }
+    return newest;
+}
+
+Result<void> StoreImpl::begin_at_first_batch(const std::optional<SuperblockSlot>& newest) {
+    SuperblockSlot slot{};
+    if (newest) {
+        slot.store_id = newest->store_id;
+        slot.generation = newest->generation;
+        slot.durable_sequence = newest->durable_sequence;
+        slot.highest_sequence = newest->highest_sequence;
+        slot.last_segment = newest->last_segment;
+        slot.features_refuse = newest->features_refuse;
+        slot.dead_map_generation = newest->dead_map_generation;
+        slot.dead_map_freed = newest->dead_map_freed;
+        store_id_ = slot.store_id;
+    } else {
+        proof_lost_ = true;
+        STELLARIUM_ASSIGN(store_id_, store_of_segments());
+        slot.store_id = store_id_;
+        STELLARIUM_ASSIGN(slot.dead_map_generation, newest_dead_map());
+        slot.features_refuse = slot.dead_map_generation != 0 ? kFeatureDeadMap : 0;
+    }
+    slot.log_segment = 1;
+    slot.log_page = 1;
+    slot.index_segment = 1;
+    superblock_ = slot;
+    return {};
+}
+
+/// Where a batch is missing before others, what it changed is not known, and what follows may be
+/// about something that it made.
+Result<void> StoreImpl::check_whole_log() const {
+    const auto missing = missing_before_.begin();
+    if (batches_.empty() ||
+        (missing != missing_before_.end() && missing->first != RecoveredLog::kNoBatch)) {
+        return fail(ErrorCode::kNotFound,
+                    fmt::format("the log does not hold every batch from the first one on, as when "
+                                "garbage collection has freed some{}{}",
+                                batches_.empty() ? "" : ": ",
+                                batches_.empty() ? std::string() : missing->second));
+    }
     return {};
 }
 
@@ -332,7 +456,7 @@ Result<void> StoreImpl::open_segments() {
     }
     STELLARIUM_ASSIGN(RecoveredLog log,
                       recover_log(files_, *segments_, store_id_, superblock_, numbers, may_write,
-                                  salvage_ != Salvage::kNone));
+                                  salvage_ != Salvage::kNone, proof_lost_));
     return apply_recovery(log);
 }
 

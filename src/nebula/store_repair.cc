@@ -249,6 +249,12 @@ Result<void> StoreImpl::rewrite_metadata(const Rewrite& rewrite, RepairReport& r
 
 Result<RepairReport> StoreImpl::repair(Bytes payload) {
     STELLARIUM_TRY(check_writable());
+    if (superblock_file_ == nullptr) {
+        // Empty until the first generation is written, it is as good as missing.
+        STELLARIUM_ASSIGN(superblock_file_, files_.open(join_path(directory_, kSuperblockName),
+                                                        io::OpenMode::kCreate));
+        STELLARIUM_TRY(files_.sync_directory(directory_));
+    }
     RepairReport report;
     std::vector<Rewrite> rewrites;
     const std::vector<Segment*> segments = segments_->all();

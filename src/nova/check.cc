@@ -455,6 +455,9 @@ class PoolCheck {
     /// False: its catalog cannot be loaded.
     Result<bool> open(nebula::Salvage salvage, bool repair, Salvaged& into, CheckReport& report);
 
+    /// Where no checkpoint can be used, as `report` says last: goes through all of the log instead.
+    Result<void> open_whole_log(bool repair, Salvaged& into, CheckReport& report);
+
     const io::Env& env_;
     const std::string& directory_;
     const PoolCheckOptions& options_;
@@ -484,9 +487,32 @@ Result<bool> PoolCheck::open(nebula::Salvage salvage, bool repair, Salvaged& int
          .what = "the list of all volumes and images cannot be read: " + loaded.error().message(),
          .file = fmt::format("{}/{}", directory_, nebula::kSuperblockName),
          .consequence = "the pool cannot be opened",
-         .advice = "--repair takes the checkpoint before it, if that is whole; else restore the "
-                   "store from a backup"});
+         .advice = "--repair takes the checkpoint before it"});
     return false;
+}
+
+Result<void> PoolCheck::open_whole_log(bool repair, Salvaged& into, CheckReport& report) {
+    // The last finding says why no checkpoint can be used.
+    CheckReport whole;
+    const auto opened = open(nebula::Salvage::kWholeLog, repair, into, whole);
+    if (!opened) {
+        if (!is_damage(opened.error())) {
+            return std::unexpected(opened.error());
+        }
+        report.usable = false;
+        Finding& finding = report.findings.back();
+        finding.advice = fmt::format(
+            "restore the store from a backup: it cannot be made anew from its log, because {}",
+            opened.error().message());
+        return {};
+    }
+    report.findings.back().repairable = true;
+    report.findings.back().advice =
+        "--repair makes it anew: the log still holds every change from the first one on";
+    // What the look at the log found is all that was found before, and more.
+    whole.findings.push_back(std::move(report.findings.back()));
+    report = std::move(whole);
+    return {};
 }
 
 Result<CheckReport> PoolCheck::run(bool repair) {
@@ -510,25 +536,31 @@ Result<CheckReport> PoolCheck::run(bool repair) {
             return std::unexpected(reopened.error());
         }
     }
+    if (!opened && opened.error().code() != ErrorCode::kCorrupt &&
+        opened.error().code() != ErrorCode::kNotFound) {
+        return std::unexpected(opened.error());
+    }
     if (!opened) {
-        if (opened.error().code() != ErrorCode::kCorrupt) {
-            return std::unexpected(opened.error());
-        }
         const std::string segments = directory_ + "/segments";
         STELLARIUM_ASSIGN(const bool there, env_.files->exists(segments));
         report.findings.push_back(
             {.kind = there ? Finding::Kind::kSuperblock : Finding::Kind::kLog,
-             .what = opened.error().message(),
+             .what = opened.error().code() == ErrorCode::kNotFound ? "the superblock is missing"
+                                                                   : opened.error().message(),
              .file = there ? fmt::format("{}/{}", directory_, nebula::kSuperblockName) : segments,
              .consequence = "the pool cannot be opened, and nothing more of it checked",
              .advice = there ? "restore what is missing from a backup of the same store"
                              : "put the folder back, or restore the store from a backup"});
-        report.usable = false;
-        return report;
+        if (!there) {
+            report.usable = false;
+            return report;
+        }
     }
-    if (!*opened) {
-        report.usable = false;
-        return report;
+    if (!opened || !*opened) {
+        STELLARIUM_TRY(open_whole_log(repair, salvaged, report));
+        if (!report.usable) {
+            return report;
+        }
     }
     SalvageSink sink(*salvaged.catalog, report.findings);
     STELLARIUM_TRY(salvaged.store->replay(sink));
@@ -559,15 +591,11 @@ Result<CheckReport> check_pool(const io::Env& env, const std::string& directory,
     STELLARIUM_ASSIGN(const bool there, env.files->exists(directory + "/segments"));
     STELLARIUM_ASSIGN(const bool superblock,
                       env.files->exists(fmt::format("{}/{}", directory, nebula::kSuperblockName)));
-    if (!superblock && there) {
-        CheckReport report;
-        report.usable = false;
-        report.findings.push_back({.kind = Finding::Kind::kSuperblock,
-                                   .what = "the superblock is missing, and there are segments",
-                                   .file = fmt::format("{}/{}", directory, nebula::kSuperblockName),
-                                   .consequence = "the pool cannot be opened",
-                                   .advice = "restore the file from a backup of the same store"});
-        return report;
+    if (!superblock && !there) {
+        return fail(ErrorCode::kNotFound,
+                    fmt::format("{} holds no store (there is no superblock): create one with "
+                                "'stellarctl init'",
+                                directory));
     }
     PoolCheck check(env, directory, options);
     STELLARIUM_ASSIGN(CheckReport report, check.run(options.repair));

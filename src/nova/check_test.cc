@@ -18,6 +18,7 @@
 #include "nebula/dead_map.h"
 #include "nebula/format.h"
 #include "nebula/segment.h"
+#include "nova/format.h"
 #include "nova/testing/test_pool.h"
 
 namespace stellarium::nova {
@@ -37,9 +38,9 @@ std::string segment_path(uint32_t number) {
 std::string describe(const CheckReport& report) {
     std::string text;
     for (const nebula::Finding& finding : report.findings) {
-        text += fmt::format("{}{}: {} [{} {}] -> {}\n", finding.harmless ? "(note) " : "",
+        text += fmt::format("{}{}: {} [{} {}] -> {} ({})\n", finding.harmless ? "(note) " : "",
                             to_string(finding.kind), finding.what, finding.file,
-                            finding.offset.value_or(0), finding.consequence);
+                            finding.offset.value_or(0), finding.consequence, finding.advice);
     }
     for (const LostRange& range : report.lost) {
         text +=
@@ -432,7 +433,8 @@ TEST(Fsck, AFileThatEndsWithinItsLastBatchIsRepaired) {
         for (uint64_t end = batches.back().page * kPage; end < bytes.size(); end += 1000) {
             ++cuts;
             const auto machine = sample->copy();
-            put_file(*machine, path, Content(bytes.begin(), bytes.begin() + ptrdiff_t(end)));
+            put_file(*machine, path,
+                     Content(bytes.begin(), bytes.begin() + static_cast<ptrdiff_t>(end)));
             expect_repaired(*sample, *machine, fmt::format("{} ends at {}", path, end),
                             /*must_be_found=*/false);
             if (HasFailure()) {
@@ -637,6 +639,177 @@ TEST(Fsck, AMissingSegmentIsNamedWithWhatItHeld) {
         return finding.file == segment_path(1) && finding.id &&
                finding.consequence.find("image 'debian' bytes ") != std::string::npos;
     })) << describe(*report);
+}
+
+// --- No checkpoint -------------------------------------------------------------------------------
+
+/// A pool that never collected garbage, whose process has died or ended.
+class WholeLog {
+  public:
+    explicit WholeLog(bool closed) : pool_(1, check_pool_options()) {
+        import_image(*pool_, "debian", random_bytes(600'000, 1));
+        must(pool_->clone("debian", {"a", "b"}));
+        for (uint64_t i = 0; i < 12; ++i) {
+            write_to("a", i * 40'960, 100 + i);
+        }
+        must(pool_->create_snapshot("a", "s"));
+        must(pool_->checkpoint());
+        must(pool_->rename("b", "c"));
+        write_to("a", 8192, 300);
+        must(pool_->checkpoint());
+        import_image(*pool_, "gone", random_bytes(100'000, 2));
+        must(pool_->remove({"gone"}));
+        write_to("c", 8192, 301);
+        for (const std::string source : {"debian", "a", "a@s", "c"}) {
+            contents_[source] = export_all(*pool_, source);
+        }
+        if (closed) {
+            pool_.close();
+        }
+        files_ = pool_.machine().files().fork();
+    }
+    std::unique_ptr<io::SimulatedMachine> copy() const {
+        return std::make_unique<io::SimulatedMachine>(files_->fork(), 2);
+    }
+    void expect_all(io::SimulatedMachine& machine, const std::string& what) const {
+        auto pool = must(Pool::open(machine.env(), kDirectory, check_pool_options()));
+        EXPECT_EQ(pool->read_only_reason(), std::nullopt) << what;
+        EXPECT_EQ(pool->images().size() + pool->volumes().size(), 3U) << what;
+        for (const auto& [source, content] : contents_) {
+            EXPECT_EQ(export_all(*pool, source), content) << what << ": " << source;
+        }
+        import_image(*pool, "new", random_bytes(100'000, 9));
+        must(pool->close());
+    }
+
+  private:
+    void write_to(const std::string& volume, uint64_t offset, uint64_t seed) {
+        auto device = must(pool_->attach(volume, {}));
+        must(write(*device, offset, random_bytes(8192, seed)));
+        must(flush(*device));
+    }
+
+    TestPool pool_;
+    std::map<std::string, Content> contents_;
+    std::unique_ptr<io::SimulatedFileSystem> files_;
+};
+
+/// Every way to be without a checkpoint.
+const std::map<std::string, std::function<void(io::SimulatedMachine&)>>& lost_checkpoints() {
+    static const std::string superblock = fmt::format("{}/superblock", kDirectory);
+    static const std::map<std::string, std::function<void(io::SimulatedMachine&)>> all{
+        {"no superblock",
+         [](io::SimulatedMachine& machine) { must(machine.files().remove(superblock)); }},
+        {"an empty superblock",
+         [](io::SimulatedMachine& machine) { put_file(machine, superblock, {}); }},
+        {"four rotten copies",
+         [](io::SimulatedMachine& machine) {
+             for (uint64_t i = 0; i < nebula::kSuperblockSlots; ++i) {
+                 machine.files().damage(superblock, i * kPage + 70 + i, 1, 1);
+             }
+         }},
+        {"two rotten catalogs",
+         [](io::SimulatedMachine& machine) {
+             const Content bytes = bytes_of_file(machine, superblock);
+             for (uint64_t i = 0; i < nebula::kSuperblockSlots; i += 2) {
+                 const auto slot =
+                     must(nebula::decode_superblock_slot(Bytes(bytes).subspan(i * kPage, kPage)));
+                 const auto root = load<format::CatalogRoot>(
+                     std::as_bytes(std::span(slot.payload)).first(slot.payload_bytes));
+                 const nebula::PageAddress at(root.pieces.hint);
+                 // The whole of its page: it lies in a pack.
+                 machine.files().damage(segment_path(at.segment()), at.offset_bytes(), kPage, i);
+             }
+         }},
+    };
+    return all;
+}
+
+TEST(Fsck, WithoutACheckpointALogThatIsWholeIsEnough) {
+    for (const bool closed : {true, false}) {
+        const WholeLog sample(closed);
+        for (const auto& [name, lose] : lost_checkpoints()) {
+            const std::string what = fmt::format("{}, {}", name, closed ? "closed" : "killed");
+            const auto machine = sample.copy();
+            lose(*machine);
+            const auto before = everything(*machine);
+            const auto found = look(*machine, /*data=*/true);
+            ASSERT_TRUE(found) << what << ": " << found.error().message();
+            EXPECT_TRUE(found->damaged() && found->usable && found->repairable())
+                << what << "\n"
+                << describe(*found);
+            EXPECT_TRUE(found->lost.empty() && found->unknown.empty()) << describe(*found);
+            EXPECT_TRUE(before == everything(*machine)) << what << ": fsck changed something";
+            const auto opened = Pool::open(machine->env(), kDirectory, check_pool_options());
+            ASSERT_FALSE(opened) << what;
+            const auto repaired = look(*machine, /*data=*/true, /*repair=*/true);
+            ASSERT_TRUE(repaired) << what << ": " << repaired.error().message();
+            EXPECT_TRUE(repaired->repair) << what;
+            EXPECT_FALSE(repaired->damaged()) << what << "\n" << describe(*repaired);
+            sample.expect_all(*machine, what);
+            EXPECT_FALSE(must(look(*machine, /*data=*/true)).damaged()) << what;
+        }
+    }
+}
+
+TEST(Fsck, ACrashWhileASuperblockIsMadeAnewLosesNothing) {
+    const WholeLog sample(/*closed=*/true);
+    for (const auto& [name, lose] : lost_checkpoints()) {
+        bool complete = false;
+        for (uint64_t nth = 1; !complete && nth < 100; ++nth) {
+            const auto machine = sample.copy();
+            lose(*machine);
+            machine->files().halt_at_mutation(nth, static_cast<io::HaltSide>(nth % 4));
+            const auto repaired = look(*machine, false, /*repair=*/true);
+            complete = repaired.has_value() && !machine->files().halted();
+            machine->crash(first_seed() + nth);
+            const std::string what = fmt::format("{}, crash at {}", name, nth);
+            const auto again = look(*machine, false, /*repair=*/true);
+            ASSERT_TRUE(again) << what << ": " << again.error().message();
+            EXPECT_FALSE(again->damaged()) << what << "\n" << describe(*again);
+            sample.expect_all(*machine, what);
+            if (HasFailure()) {
+                return;
+            }
+        }
+        EXPECT_TRUE(complete) << name;
+    }
+}
+
+TEST(Fsck, WithoutACheckpointWhatLiesBehindTheLogIsNotTakenForTorn) {
+    // The last batch has rotted, and nothing says any more that it was acknowledged.
+    const WholeLog sample(/*closed=*/true);
+    const auto machine = sample.copy();
+    uint32_t number = newest_slot(*machine).last_segment;
+    while (must(machine->files().exists(segment_path(number + 1)))) {
+        ++number;
+    }
+    const nebula::ScannedBatch last = batches_of(*machine, number).back();
+    machine->files().damage(segment_path(number), last.page * kPage + 60, 1, 1);
+    must(machine->files().remove(fmt::format("{}/superblock", kDirectory)));
+    const auto repaired = look(*machine, /*data=*/false, /*repair=*/true);
+    ASSERT_TRUE(repaired) << repaired.error().message();
+    EXPECT_EQ(repaired->unknown, (std::vector<std::string>{"a", "c"})) << describe(*repaired);
+    const auto pool = must(Pool::open(machine->env(), kDirectory, check_pool_options()));
+    EXPECT_FALSE(pool->open_reader("a"));
+    EXPECT_TRUE(pool->open_reader("a@s"));
+}
+
+TEST(Fsck, WithoutACheckpointALogWithoutItsBeginningIsRefused) {
+    // Its first segments were freed.
+    const Sample& sample = closed_sample();
+    for (const auto& [name, lose] : lost_checkpoints()) {
+        const auto machine = sample.copy();
+        lose(*machine);
+        const auto before = everything(*machine);
+        const auto report = look(*machine, /*data=*/false, /*repair=*/true);
+        ASSERT_TRUE(report) << name << ": " << report.error().message();
+        EXPECT_TRUE(report->damaged() && !report->usable && !report->repair) << describe(*report);
+        EXPECT_NE(report->findings.back().advice.find("does not hold every batch"),
+                  std::string::npos)
+            << report->findings.back().advice;
+        EXPECT_TRUE(before == everything(*machine)) << name;
+    }
 }
 
 // --- Lost records --------------------------------------------------------------------------------
