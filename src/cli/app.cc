@@ -10,6 +10,7 @@
 #include <CLI/Formatter.hpp>
 #include <fmt/format.h>
 
+#include "base/rate_limits.h"
 #include "control/attachment.h"
 #include "control/suggest.h"
 #include "nova/limits.h"
@@ -302,12 +303,31 @@ void add_snapshot_commands(Builder& builder) {
     name_words(verb, "SNAPSHOT");
 }
 
+/// --iops and --bandwidth with their bursts.
+void add_limits(CLI::App* verb, Arguments& arguments) {
+    Builder::number(verb, "--iops", {kMinIops, kMaxIops}, "N",
+                    "requests a second that the guest may make at most, of every kind",
+                    [&arguments](uint64_t iops) { arguments.iops = iops; });
+    verb->add_option("--bandwidth", arguments.bandwidth,
+                     "bytes a second that the guest may read and write at most, such as 100MiB")
+        ->type_name("SIZE")
+        ->check(not_empty("a size"));
+    Builder::number(verb, "--iops-burst", {1, kMaxIops * kMaxBurstSeconds}, "N",
+                    "requests that it may make at once after a rest (default: one second's worth)",
+                    [&arguments](uint64_t burst) { arguments.iops_burst = burst; });
+    verb->add_option("--bandwidth-burst", arguments.bandwidth_burst,
+                     "bytes that it may read and write at once after a rest (default: the same)")
+        ->type_name("SIZE")
+        ->check(not_empty("a size"));
+}
+
 void add_attachment_commands(CLI::App& app, Builder& builder) {
     Arguments& arguments = builder.arguments();
     CLI::App* verb = builder.command(
         &app, "attach", "Give a volume to a virtual machine, through the daemon", attach,
         "  stellarctl attach vm-1 --vhost-user /run/user/1000/vm-1.sock\n"
-        "  stellarctl attach debian --vhost-user ./debian.sock --read-only --queues 4");
+        "  stellarctl attach debian --vhost-user ./debian.sock --read-only --queues 4\n"
+        "  stellarctl attach vm-2 --vhost-user ./vm-2.sock --iops 2000 --bandwidth 100MiB");
     builder.word(verb, "VOLUME", arguments.name,
                  "the volume; read-only also an image or VOLUME@SNAPSHOT", "SOURCE");
     verb->add_option("--vhost-user", arguments.path,
@@ -325,6 +345,15 @@ void add_attachment_commands(CLI::App& app, Builder& builder) {
     verb->add_option("--block-size", arguments.block_size,
                      "logical block that the guest sees, 512 or 4096")
         ->type_name("BYTES");
+    add_limits(verb, arguments);
+    verb = builder.command(&app, "limit", "Change how much the guest of a volume may do", limit,
+                           "  stellarctl limit vm-1 --iops 500 --iops-burst 5000\n"
+                           "  stellarctl limit vm-1 --bandwidth 20MiB   # and requests no more\n"
+                           "  stellarctl limit vm-1 --none");
+    builder.word(verb, "VOLUME", arguments.name, "the volume", "ATTACHMENT");
+    add_limits(verb, arguments);
+    verb->add_flag("--none", arguments.no_limits, "take the limits away")
+        ->excludes("--iops", "--bandwidth", "--iops-burst", "--bandwidth-burst");
     verb =
         builder.command(&app, "detach", "Take a volume back", detach, "  stellarctl detach vm-1");
     builder.word(verb, "VOLUME", arguments.name, "the volume", "ATTACHMENT");

@@ -143,6 +143,17 @@ class Words(TestCase):
             (["volume", "clone", "a", "b", "--count", "x"], "from 1 to 100000"),
             (["volume", "clone", "a", "b", "--count", ""], "from 1 to 100000"),
             (["attach", "a", "--vhost-user", "s", "--queues", "65"], "from 1 to 64"),
+            (["attach", "a", "--vhost-user", "s", "--iops", "0"], "from 1 to 100000000"),
+            (["attach", "a", "--vhost-user", "s", "--iops", "-5"], "from 1 to 100000000"),
+            (["attach", "a", "--vhost-user", "s", "--bandwidth", "0"], "more than 0"),
+            (["attach", "a", "--vhost-user", "s", "--bandwidth", "-1M"], "--bandwidth"),
+            (["attach", "a", "--vhost-user", "s", "--bandwidth", "2TiB"], "1.00 TiB"),
+            (["attach", "a", "--vhost-user", "s", "--iops-burst", "5"], "needs a limit"),
+            (["attach", "a", "--vhost-user", "s", "--bandwidth", "1M", "--bandwidth-burst", "1K"],
+             "10.2 KiB to 3.52 GiB"),
+            (["limit", "a"], "--none"),
+            (["limit", "a", "--none", "--iops", "5"], "excludes"),
+            (["limit", "a", "--iops", "100000001"], "from 1 to 100000000"),
             (["stats", "--lock-timeout", "-1"], "from 0 to 86400"),
             (["--store", "", "stats"], "--store: it is empty"),
             (["stats", "--store", ""], "--store: it is empty"),
@@ -412,6 +423,7 @@ class Completion(TestCase):
             (["snapshot", "rollback", "web-1", ""], ["before"]),
             (["volume", "clone", "web-1@"], ["web-1@before"]),
             (["volume", "create", "--si"], ["--size"]), (["completion", "z"], ["zsh"]),
+            (["limit", "x", "--no"], ["--no-progress", "--none"]),
             (["image", "import", "x", ""], [":files"]), (["nonsense", "x", ""], []),
             (["--store", str(s.path), "volume", "rm", "web-2"], ["web-2"]),
         ]:
@@ -1093,6 +1105,34 @@ class Attach(TestCase):
         self.assertFalse(os.path.lexists(link))
         self.assertFalse(os.path.exists(attached["socket"]))
         s.ok("volume", "rm", "renamed")
+
+    def test_limits(self):
+        s = self.store(daemon=True)
+        s.ok("volume", "create", "v", "--size", "1MiB")
+        self.assert_fails(s.run("limit", "v", "--iops", "5"), "not_found", "not attached")
+        self.assertEqual(s.json("attach", "v", "--vhost-user", "v.sock", "--iops", "500",
+                                "--bandwidth", "20MiB", "--bandwidth-burst", "1GiB")["limits"],
+                         {"iops": 500, "iops_burst": 500, "bandwidth_bytes": 20 << 20,
+                          "bandwidth_burst_bytes": 1 << 30})
+        self.assertIn("500 requests/s (burst 500), 20.0 MiB/s (burst 1.00 GiB)",
+                      s.ok("attachments").out)
+        self.assertEqual(s.ok("limit", "v", "--iops", "100", "--iops-burst", "1000").out,
+                         "limited 'v' to 100 requests/s (burst 1000)\n")
+        # A restart, clean or not, and a time without a daemon keep the limits.
+        limits = {"iops": 100, "iops_burst": 1000}
+        for stop in (s.stop_daemon, s.kill_daemon):
+            stop()
+            self.assertEqual(s.json("attachments")[0]["limits"], limits)
+            s.start_daemon()
+            self.assertEqual(s.json("attachments")[0]["limits"], limits)
+        s.stop_daemon()
+        limits = s.json("limit", "v", "--bandwidth", "1MiB")["limits"]
+        self.assertEqual(limits, {"bandwidth_bytes": 1 << 20, "bandwidth_burst_bytes": 1 << 20})
+        s.start_daemon()
+        self.assertEqual(s.json("attachments")[0]["limits"], limits)
+        self.assertEqual(s.ok("limit", "v", "--none").out, "took the limits of 'v' away\n")
+        self.assertEqual(s.json("attachments")[0]["limits"], {})
+        s.ok("detach", "v")
 
     def test_images_and_snapshots_read_only(self):
         s = self.store(daemon=True)

@@ -11,10 +11,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "base/rate_limits.h"
 #include "base/units.h"
 #include "cli/commands_common.h"
 #include "cli/interrupt.h"
 #include "cli/progress.h"
+#include "control/attachment.h"
 #include "control/locations.h"
 #include "io/posix.h"
 #include "nebula/dump.h"
@@ -102,19 +104,54 @@ void remove_link(const Json& attachment) {
     }
 }
 
+/// Of --iops, --bandwidth and their bursts.
+Result<RateLimits> limits_of(const Arguments& arguments) {
+    RateLimits limits{.iops = arguments.iops, .iops_burst = arguments.iops_burst};
+    const auto size = [](const char* option, const std::string& text) -> Result<uint64_t> {
+        if (text.empty()) {
+            return 0;
+        }
+        Result<uint64_t> bytes = parse_size(text);
+        if (!bytes) {
+            return std::unexpected(bytes.error().with_context(option));
+        }
+        if (*bytes == 0) {
+            return fail(ErrorCode::kInvalidArgument, fmt::format("{} must be more than 0", option));
+        }
+        return bytes;
+    };
+    STELLARIUM_ASSIGN(limits.bandwidth_bytes, size("--bandwidth", arguments.bandwidth));
+    STELLARIUM_ASSIGN(limits.bandwidth_burst_bytes,
+                      size("--bandwidth-burst", arguments.bandwidth_burst));
+    return completed(limits);
+}
+
+/// Those of an attachment that a daemon told, as text.
+Result<std::string> limits_text(const Json& attachment) {
+    const auto limits = attachment.find("limits");
+    if (limits == attachment.end()) {
+        return std::string();
+    }
+    STELLARIUM_ASSIGN(const RateLimits read,
+                      control::rate_limits_from_json(*limits, "answer of the daemon"));
+    return format_rate_limits(read);
+}
+
 }  // namespace
 
 Result<void> attach(Context& context, const Arguments& arguments) {
+    STELLARIUM_ASSIGN(const RateLimits limits, limits_of(arguments));
     const std::string link = link_place(arguments.path);
     STELLARIUM_TRY(check_link_place(link));
     context.expect_daemon();
-    STELLARIUM_ASSIGN(const Json attachment, ask(context, "PUT", attachment_target(arguments.name),
-                                                 Json{{"frontend", "vhost-user"},
-                                                      {"read_only", arguments.read_only},
-                                                      {"queues", arguments.queues},
-                                                      {"block_size", arguments.block_size},
-                                                      {"serial", arguments.serial},
-                                                      {"link", link}}));
+    Json request{{"frontend", "vhost-user"},   {"read_only", arguments.read_only},
+                 {"queues", arguments.queues}, {"block_size", arguments.block_size},
+                 {"serial", arguments.serial}, {"link", link}};
+    if (limits.any()) {
+        request["limits"] = control::to_json(limits);
+    }
+    STELLARIUM_ASSIGN(const Json attachment,
+                      ask(context, "PUT", attachment_target(arguments.name), request));
     const std::string socket = text_field(attachment, "socket");
     if (socket != link) {
         if (const Result<void> linked = make_link(socket, link); !linked) {
@@ -139,6 +176,22 @@ Result<void> detach(Context& context, const Arguments& arguments) {
     return {};
 }
 
+Result<void> limit(Context& context, const Arguments& arguments) {
+    STELLARIUM_ASSIGN(const RateLimits limits, limits_of(arguments));
+    if (limits.any() == arguments.no_limits) {
+        return fail(ErrorCode::kInvalidArgument,
+                    "say what to limit, with --iops or --bandwidth, or --none for no limits");
+    }
+    STELLARIUM_ASSIGN(const Json attachment,
+                      ask(context, "PUT", attachment_target(arguments.name) + "/limits",
+                          control::to_json(limits)));
+    print_done(context, attachment,
+               limits.any()
+                   ? fmt::format("limited '{}' to {}", arguments.name, format_rate_limits(limits))
+                   : fmt::format("took the limits of '{}' away", arguments.name));
+    return {};
+}
+
 Result<void> list_attachments(Context& context, const Arguments&) {
     STELLARIUM_ASSIGN(const Json attachments, ask(context, "GET", "/v1/attachments"));
     Output& out = context.out();
@@ -146,14 +199,20 @@ Result<void> list_attachments(Context& context, const Arguments&) {
         out.value(attachments);
         return {};
     }
-    Table table(
-        {{"VOLUME"}, {"STATE"}, {"MODE"}, {"QUEUES", Align::kRight}, {"SOCKET"}, {"DETAIL"}});
+    Table table({{"VOLUME"},
+                 {"STATE"},
+                 {"MODE"},
+                 {"QUEUES", Align::kRight},
+                 {"SOCKET"},
+                 {"LIMITS"},
+                 {"DETAIL"}});
     for (const Json& attachment : attachments) {
         const std::string link = text_field(attachment, "link");
         const std::string socket = text_field(attachment, "socket");
         const std::string target = link.empty() ? std::string() : link_target(link);
         // A daemon with another runtime directory serves other sockets, and leaves links alone.
         const bool is_stale = !socket.empty() && !target.empty() && target != socket;
+        STELLARIUM_ASSIGN(const std::string limits, limits_text(attachment));
         std::string detail = text_field(attachment, "detail");
         if (is_stale) {
             detail += fmt::format("{}the link {} leads to {}: ln -sfn {} {}",
@@ -162,7 +221,7 @@ Result<void> list_attachments(Context& context, const Arguments&) {
         table.add({text_field(attachment, "source"), text_field(attachment, "state"),
                    bool_field(attachment, "read_only") ? "read-only" : "read-write",
                    std::to_string(number_field(attachment, "queues")),
-                   link.empty() || is_stale ? socket : link, detail});
+                   link.empty() || is_stale ? socket : link, limits, detail});
     }
     out.table(table);
     return {};

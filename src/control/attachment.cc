@@ -1,5 +1,6 @@
 #include "control/attachment.h"
 
+#include <optional>
 #include <utility>
 
 #include <fmt/format.h>
@@ -9,11 +10,49 @@ namespace {
 
 constexpr uint64_t kRecordVersion = 1;
 
+/// What is wrong with them is told to `reader`.
+RateLimits read_limits(ObjectReader& reader) {
+    RateLimits limits;
+    const auto required_more_than_0 = [&](std::string_view key, std::optional<uint64_t> value) {
+        if (value && *value == 0) {
+            reader.complain(key, "must be more than 0; leave it out for no limit");
+        }
+        return value.value_or(0);
+    };
+    limits.iops = required_more_than_0("iops", reader.optional_number("iops"));
+    limits.iops_burst = required_more_than_0("iops_burst", reader.optional_number("iops_burst"));
+    limits.bandwidth_bytes =
+        required_more_than_0("bandwidth_bytes", reader.optional_size("bandwidth_bytes"));
+    limits.bandwidth_burst_bytes = required_more_than_0(
+        "bandwidth_burst_bytes", reader.optional_size("bandwidth_burst_bytes"));
+    return limits;
+}
+
 }  // namespace
+
+Result<RateLimits> rate_limits_from_json(const Json& object, std::string what) {
+    ObjectReader reader(object, std::move(what));
+    const RateLimits limits = read_limits(reader);
+    STELLARIUM_TRY(reader.finish());
+    return completed(limits);
+}
+
+Json to_json(const RateLimits& limits) {
+    Json object = Json::object();
+    if (limits.iops != 0) {
+        object["iops"] = limits.iops;
+        object["iops_burst"] = limits.iops_burst;
+    }
+    if (limits.bandwidth_bytes != 0) {
+        object["bandwidth_bytes"] = limits.bandwidth_bytes;
+        object["bandwidth_burst_bytes"] = limits.bandwidth_burst_bytes;
+    }
+    return object;
+}
 
 Result<AttachmentOptions> attachment_options_from_json(const Json& object, std::string what) {
     AttachmentOptions options;
-    ObjectReader reader(object, std::move(what));
+    ObjectReader reader(object, what);
     const std::string frontend = reader.optional_string("frontend").value_or("vhost-user");
     if (frontend != "vhost-user") {
         reader.complain("frontend",
@@ -45,18 +84,28 @@ Result<AttachmentOptions> attachment_options_from_json(const Json& object, std::
     if (options.link.size() > 2048) {
         reader.complain("link", "is longer than 2048 bytes");
     }
+    const Json* limits = reader.optional_value("limits");
     STELLARIUM_TRY(reader.finish());
+    if (limits != nullptr) {
+        STELLARIUM_ASSIGN(options.limits,
+                          rate_limits_from_json(*limits, "'limits' of the " + what));
+    }
     return options;
 }
 
 std::vector<std::byte> encode_attachment(const AttachmentOptions& options) {
-    const std::string text = to_text(Json{{"version", kRecordVersion},
-                                          {"frontend", "vhost-user"},
-                                          {"read_only", options.read_only},
-                                          {"queues", options.queues},
-                                          {"block_size", options.block_size_bytes},
-                                          {"serial", options.serial},
-                                          {"link", options.link}});
+    Json object{{"version", kRecordVersion},
+                {"frontend", "vhost-user"},
+                {"read_only", options.read_only},
+                {"queues", options.queues},
+                {"block_size", options.block_size_bytes},
+                {"serial", options.serial},
+                {"link", options.link}};
+    // Only where there are some, so that a program without limits can read the record.
+    if (options.limits.any()) {
+        object["limits"] = to_json(options.limits);
+    }
+    const std::string text = to_text(object);
     const Bytes bytes = bytes_of(std::string_view(text));
     return {bytes.begin(), bytes.end()};
 }
@@ -93,7 +142,8 @@ Json to_json(const AttachmentStatus& status) {
                 {"read_only", status.options.read_only},
                 {"queues", status.options.queues},
                 {"block_size", status.options.block_size_bytes},
-                {"serial", status.options.serial}};
+                {"serial", status.options.serial},
+                {"limits", to_json(status.options.limits)}};
 }
 
 }  // namespace stellarium::control

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/rate_limits.h"
 #include "control/json.h"
 #include "nova/pool.h"
 
@@ -30,7 +31,14 @@ struct AttachmentOptions {
     /// The client's own name for the socket: a symbolic link that the client made. The daemon never
     /// opens it; it is kept so that `detach` and `attachments` can name it. "" for none.
     std::string link;
+    RateLimits limits;  ///< Completed.
 };
+
+/// Reads {"iops", "iops_burst", "bandwidth_bytes", "bandwidth_burst_bytes"}; what is left out is
+/// not limited, and a burst is one second's worth. kInvalidArgument.
+Result<RateLimits> rate_limits_from_json(const Json& object, std::string what);
+/// The inverse: the limits that there are, with their bursts.
+Json to_json(const RateLimits& limits);
 
 /// Reads the options of an attach request or of a record.
 Result<AttachmentOptions> attachment_options_from_json(const Json& object, std::string what);
@@ -65,6 +73,11 @@ class AttachmentHost {
     /// On return the guest is disconnected, its writes are durable, socket and record are gone.
     /// Returns the last status. kNotFound when `source` is not attached.
     virtual Result<AttachmentStatus> detach(std::string_view source) = 0;
+    /// Sets the limits (completed) of what is attached, also of one with a guest; none: takes them
+    /// away. On return they are on record, and hold from about now on. kNotFound when `source` is
+    /// not attached.
+    virtual Result<AttachmentStatus> set_limits(std::string_view source,
+                                                const RateLimits& limits) = 0;
     virtual std::vector<AttachmentStatus> attachments() const = 0;
 };
 

@@ -63,6 +63,9 @@ class ObjectReader {
     /// A number of bytes, or text such as "10GiB".
     std::optional<uint64_t> optional_size(std::string_view key);
 
+    /// nullptr when it is not there; whether it is an object is for its own reader to say.
+    const Json* optional_value(std::string_view key) { return take(key); }
+
     bool has(std::string_view key) const;
     /// Adds a complaint about `key` found by the caller.
     void complain(std::string_view key, std::string_view why);

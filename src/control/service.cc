@@ -305,7 +305,7 @@ struct ControlService::Impl {
         RouteInfo info;
         Result<Response> (Impl::*handler)(Call&);
     };
-    static const std::array<Row, 35> kRows;
+    static const std::array<Row, 36> kRows;
 
     // --- Looking names up -----------------------------------------------------------------------
 
@@ -793,6 +793,30 @@ struct ControlService::Impl {
         return json_response(201, to_json(status));
     }
 
+    Result<Response> set_limits(Call& call) {
+        const std::string& source = call.values[0];
+        STELLARIUM_ASSIGN(const Json body, body_of(call));
+        STELLARIUM_ASSIGN(const RateLimits limits, rate_limits_from_json(body, "request body"));
+        STELLARIUM_TRY(suggest(pool.find(source), source));
+        if (options.host != nullptr) {
+            STELLARIUM_ASSIGN(const AttachmentStatus status,
+                              options.host->set_limits(source, limits));
+            return json_response(200, to_json(status));
+        }
+        for (nova::Pool::AttachmentRecord& record : pool.attachments()) {
+            if (record.source == source) {
+                AttachmentStatus status;
+                status.source = source;
+                STELLARIUM_ASSIGN(status.options, decode_attachment(record));
+                status.options.limits = limits;
+                record.options = encode_attachment(status.options);
+                STELLARIUM_TRY(pool.set_attachment(source, std::move(record)));
+                return json_response(200, to_json(status));
+            }
+        }
+        return fail(ErrorCode::kNotFound, fmt::format("'{}' is not attached", source));
+    }
+
     Result<Response> detach(Call& call) {
         const std::string& source = call.values[0];
         STELLARIUM_TRY(suggest(pool.find(source), source));
@@ -810,7 +834,7 @@ struct ControlService::Impl {
     }
 };
 
-const std::array<ControlService::Impl::Row, 35> ControlService::Impl::kRows{{
+const std::array<ControlService::Impl::Row, 36> ControlService::Impl::kRows{{
     {{"GET", "/v1/version", "getVersion", 200}, &Impl::get_version},
     {{"GET", "/v1/store", "getStore", 200}, &Impl::get_store},
     {{"GET", "/v1/stats", "getStats", 200}, &Impl::get_stats},
@@ -848,6 +872,7 @@ const std::array<ControlService::Impl::Row, 35> ControlService::Impl::kRows{{
     {{"GET", "/v1/attachments", "listAttachments", 200}, &Impl::list_attachments},
     {{"PUT", "/v1/attachments/{source}", "attach", 201}, &Impl::attach},
     {{"DELETE", "/v1/attachments/{source}", "detach", 200}, &Impl::detach},
+    {{"PUT", "/v1/attachments/{source}/limits", "setLimits", 200}, &Impl::set_limits},
 }};
 
 ControlService::ControlService(nova::Pool& pool, ServiceOptions options)

@@ -10,6 +10,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "base/units.h"
 #include "control/client.h"
 #include "control/locations.h"
 #include "io/posix.h"
@@ -77,6 +78,21 @@ class FakeHost final : public AttachmentHost {
             }
         }
         return fail(ErrorCode::kNotFound, "not attached");
+    }
+    Result<AttachmentStatus> set_limits(std::string_view source,
+                                        const RateLimits& limits) override {
+        for (AttachmentStatus& status : attached_) {
+            if (status.source == source) {
+                status.options.limits = limits;
+                STELLARIUM_TRY(pool_.set_attachment(
+                    source,
+                    nova::Pool::AttachmentRecord{.source = std::string(source),
+                                                 .label = "vhost-user",
+                                                 .options = encode_attachment(status.options)}));
+                return status;
+            }
+        }
+        return fail(ErrorCode::kNotFound, "it is not attached");
     }
     std::vector<AttachmentStatus> attachments() const override { return attached_; }
 
@@ -322,6 +338,19 @@ TEST_F(ServiceTest, RefusesWhatIsWrong) {
         {"PUT", "/v1/attachments/v", R"({"block_size":1024})", ErrorCode::kInvalidArgument},
         {"PUT", "/v1/attachments/v", R"({"serial":"123456789012345678901"})",
          ErrorCode::kInvalidArgument},
+        {"PUT", "/v1/attachments/v", R"({"limits":{"iops":0}})", ErrorCode::kInvalidArgument},
+        {"PUT", "/v1/attachments/v", R"({"limits":{"iops":-1}})", ErrorCode::kInvalidArgument},
+        {"PUT", "/v1/attachments/v", R"({"limits":{"iops":100000001}})",
+         ErrorCode::kInvalidArgument},
+        {"PUT", "/v1/attachments/v", R"({"limits":{"iops_burst":5}})", ErrorCode::kInvalidArgument},
+        {"PUT", "/v1/attachments/v", R"({"limits":{"bandwidth_bytes":"2TiB"}})",
+         ErrorCode::kInvalidArgument},
+        {"PUT", "/v1/attachments/v", R"({"limits":{"iopps":5}})", ErrorCode::kInvalidArgument},
+        {"PUT", "/v1/attachments/v", R"({"limits":5})", ErrorCode::kInvalidArgument},
+        {"PUT", "/v1/attachments/v/limits", R"({"bandwidth_bytes":0})",
+         ErrorCode::kInvalidArgument},
+        {"PUT", "/v1/attachments/v/limits", R"({"iops":5})", ErrorCode::kNotFound},
+        {"PUT", "/v1/attachments/nope/limits", R"({})", ErrorCode::kNotFound},
         {"PUT", "/v1/attachments/v", R"({})", ErrorCode::kUnavailable},
         {"PUT", "/v1/attachments/nope", R"({})", ErrorCode::kNotFound},
         {"DELETE", "/v1/attachments/v", "", ErrorCode::kNotFound}};
@@ -350,6 +379,20 @@ TEST_F(ServiceTest, AttachmentsAreSeenAndRemovedWithoutADaemon) {
     ASSERT_EQ(offline.size(), 1U);
     EXPECT_EQ(offline.at(0).at("state"), "offline");
     EXPECT_EQ(offline.at(0).at("queues"), 4);
+    EXPECT_EQ(offline.at(0).at("limits"), Json::object());
+    // Limits are changed without a daemon, and nothing else is.
+    const Json limited = must(client_->call(
+        "PUT", "/v1/attachments/v/limits",
+        Json{{"iops", 500}, {"bandwidth_bytes", "10MiB"}, {"bandwidth_burst_bytes", "1MiB"}}));
+    EXPECT_EQ(limited.at("limits"), (Json{{"iops", 500},
+                                          {"iops_burst", 500},
+                                          {"bandwidth_bytes", 10 * kMiB},
+                                          {"bandwidth_burst_bytes", kMiB}}));
+    EXPECT_EQ(get("/v1/attachments").at(0), limited);
+    EXPECT_EQ(limited.at("serial"), "S1");
+    EXPECT_EQ(limited.at("link"), "/tmp/v.sock");
+    must(client_->call("PUT", "/v1/attachments/v/limits", Json::object()));
+    EXPECT_EQ(get("/v1/attachments"), offline);
     EXPECT_EQ(offline.at(0).at("serial"), "S1");
     EXPECT_EQ(offline.at(0).at("block_size"), 4096);
     EXPECT_EQ(offline.at(0).at("link"), "/tmp/v.sock");
@@ -558,7 +601,11 @@ TEST_F(OpenApiTest, RealAnswersMatchTheirSchemas) {
     check("GET", "/v1/snapshots", "/v1/snapshots?volume=c", "", 200);
     check("DELETE", snapshot, "/v1/volumes/c/snapshots/s", "", 204);
     check("DELETE", snapshot, "/v1/volumes/c/snapshots/s", "", 404);
-    check("PUT", "/v1/attachments/{source}", "/v1/attachments/c", "{}", 201);
+    check("PUT", "/v1/attachments/{source}", "/v1/attachments/c", R"({"limits":{"iops":5}})", 201);
+    const std::string limits = "/v1/attachments/{source}/limits";
+    check("PUT", limits, "/v1/attachments/c/limits", R"({"iops":7,"bandwidth_bytes":"1MiB"})", 200);
+    check("PUT", limits, "/v1/attachments/c/limits", R"({"iops":0})", 400);
+    check("PUT", limits, "/v1/attachments/v/limits", "{}", 404);
     check("GET", "/v1/attachments", "/v1/attachments", "", 200);
     check("DELETE", volume, "/v1/volumes/c", "", 409);
     check("PUT", "/v1/attachments/{source}", "/v1/attachments/i", "{}", 403);

@@ -12,6 +12,8 @@
 #include <sys/un.h>
 #include <sys/vfs.h>
 
+#include "base/bytes.h"
+#include "base/rate_limits.h"
 #include "control/client.h"
 #include "control/locations.h"
 #include "control/service.h"
@@ -677,6 +679,61 @@ TEST_F(HostTest, AttachmentsComeBackAndSocketsKeepTheirNames) {
     EXPECT_EQ(Guest(a.socket).read(8192, 4096), data);
 }
 
+TEST_F(HostTest, LimitsAreChangedUnderAGuestAndOutliveTheDaemon) {
+    must(pool_->create_volume("a", kMiB));
+    control::AttachmentOptions options;
+    options.queues = 2;
+    options.limits = must(completed({.iops = 1'000'000, .bandwidth_bytes = kTiB}));
+    const auto attached = must(host_->attach("a", options));
+    const auto served = [&] { return host_->device_status().at(0).limits; };
+    EXPECT_EQ(served(), options.limits);
+    const RateLimits changed = must(completed({.iops = 2, .iops_burst = 7200}));
+    {
+        Guest guest(attached.socket);
+        guest.write(0, random_bytes(4096, 1));
+        const auto status = must(host_->set_limits("a", changed));
+        EXPECT_EQ(status.state, control::AttachmentState::kConnected);
+        EXPECT_EQ(status.options.limits, changed);
+        EXPECT_EQ(status.options.queues, 2U);
+        EXPECT_EQ(served(), changed);
+        EXPECT_EQ(host_->attachments().at(0).options.limits, changed);
+        guest.write(0, random_bytes(4096, 2));
+    }
+    close();
+    open();
+    EXPECT_EQ(host_->attachments().at(0).options.limits, changed);
+    EXPECT_EQ(host_->attachments().at(0).options.queues, 2U);
+    EXPECT_EQ(served(), changed);
+    EXPECT_EQ(must(host_->set_limits("a", {})).options.limits, RateLimits{});
+    EXPECT_FALSE(served().any());
+    close();
+    open();
+    EXPECT_FALSE(served().any());
+    must(pool_->create_volume("b", kMiB));
+    EXPECT_EQ(host_->set_limits("b", changed).error().code(), ErrorCode::kNotFound);
+    EXPECT_EQ(host_->set_limits("c", changed).error().code(), ErrorCode::kNotFound);
+    must(host_->detach("a"));
+    EXPECT_EQ(host_->set_limits("a", changed).error().code(), ErrorCode::kNotFound);
+}
+
+TEST_F(HostTest, ARecordThatCannotBeReadIsNotOverwrittenByLimits) {
+    must(pool_->create_volume("a", kMiB));
+    must(host_->attach("a", {}));
+    close();
+    const Bytes newer = bytes_of(std::string_view(R"({"version":2,"queues":4})"));
+    const nova::Pool::AttachmentRecord record{
+        .source = "a", .label = "of a newer program", .options = {newer.begin(), newer.end()}};
+    pool_ = must(nova::Pool::open(env_, store_, options_));
+    must(pool_->set_attachment("a", record));
+    must(pool_->close());
+    testing::internal::CaptureStderr();
+    open();
+    EXPECT_NE(testing::internal::GetCapturedStderr().find("not restored"), std::string::npos);
+    EXPECT_EQ(host_->set_limits("a", must(completed({.iops = 5}))).error().code(),
+              ErrorCode::kUnsupported);
+    EXPECT_EQ(pool_->attachments().at(0).options, record.options);
+}
+
 TEST_F(HostTest, ASecondAttachAndAnUnknownDetachAreRefused) {
     must(pool_->create_volume("a", kMiB));
     must(host_->attach("a", {}));
@@ -770,6 +827,8 @@ TEST_F(HostTest, MetricsNameEachDevice) {
     for (const char* line :
          {"stellarium_build_info{version=\"1.2.3\"} 1\n", "stellarium_volumes 1\n",
           "stellarium_device_connected{volume=\"web\"} 1\n",
+          "stellarium_device_throttled_requests_total{volume=\"web\"} 0\n",
+          "stellarium_device_throttled_seconds_total{volume=\"web\"} 0\n",
           "stellarium_device_bytes_total{volume=\"web\",request=\"write\"} 8192\n",
           "stellarium_device_request_seconds_count{volume=\"web\",request=\"flush\"} 1\n",
           "stellarium_control_request_seconds_count{method=\"other\",status=\"400\"} 1\n"}) {

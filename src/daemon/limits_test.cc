@@ -10,6 +10,7 @@
 #include <gtest/gtest.h>
 #include <sys/resource.h>
 
+#include "base/rate_limits.h"
 #include "base/units.h"
 #include "control/service.h"
 #include "frontend/vhost/limits.h"
@@ -57,6 +58,9 @@ std::map<std::string, std::string> limits_of_the_code() {
         {"kMaxPayloadBytes", bytes(vhost::kMaxPayloadBytes)},
         {"kMaxGuestMappings", count(vhost::kMaxGuestMappings)},
         {"kMaxMemorySlots", count(vhost::kMaxMemorySlots)},
+        {"kMaxIops", count(kMaxIops)},
+        {"kMaxBandwidthBytes", bytes(kMaxBandwidthBytes)},
+        {"kMaxBurstSeconds", count(kMaxBurstSeconds)},
         {"kMaxOpenSegmentFiles", count(nebula::kMaxOpenSegmentFiles)},
         {"kFixedDescriptors", count(kFixedDescriptors)},
         {"kDescriptorsOfDevice", count(kDescriptorsOfDevice)},

@@ -191,6 +191,13 @@ void add_devices(Page& page, const VhostHost& host) {
     each_device("stellarium_device_forced_disconnects_total",
                 "Guests that were disconnected for breaking the protocol.", MetricType::Counter,
                 [](const auto& device) { return real(device.forced_disconnects); });
+    each_device("stellarium_device_throttled_requests_total",
+                "Requests that a limit of the attachment made wait.", MetricType::Counter,
+                [](const auto& device) { return real(device.throttled_requests); });
+    each_device("stellarium_device_throttled_seconds_total",
+                "Time in which requests waited for a limit; counted when they go on.",
+                MetricType::Counter,
+                [](const auto& device) { return real(device.throttled_ns) / 1e9; });
     const auto each_kind = [&](auto emit) {
         for (size_t i = 0; i < devices.size(); ++i) {
             for (size_t kind = 0; kind < vhost::kRequestKinds; ++kind) {

@@ -71,6 +71,7 @@ Result<void> VhostHost::start() {
             served = serve(info->id, record.source, entry);
         } else {
             served = std::unexpected(options.error());
+            entry.unreadable = true;
         }
         if (served) {
             log_.info("attachment restored", {{"source", record.source}, {"socket", entry.socket}});
@@ -149,6 +150,7 @@ Result<void> VhostHost::serve(uint64_t id, std::string_view source, Entry& entry
     options.block_size_bytes = entry.options.block_size_bytes;
     options.read_only = entry.options.read_only;
     options.serial = entry.options.serial;
+    options.limits = entry.options.limits;
     // The server's threads may hold a device a moment longer than detach() takes, and the volume is
     // open as long as they do. This handle tells when the last of them let go.
     const auto released = std::make_shared<std::promise<void>>();
@@ -174,29 +176,29 @@ Result<void> VhostHost::serve(uint64_t id, std::string_view source, Entry& entry
 }
 
 /// Finds the id of `source` and makes this call the only one that changes its attachment.
-Result<uint64_t> VhostHost::reserve(std::string_view source, bool for_attach) {
+Result<uint64_t> VhostHost::reserve(std::string_view source, Change change) {
     STELLARIUM_ASSIGN(const nova::EntityInfo info, pool_.find(source));
     const std::scoped_lock lock(mutex_);
     const auto found = entries_.find(info.id);
-    if (found != entries_.end() && found->second.changing) {
+    if (found != entries_.end() && found->second.change != Change::kNone) {
         return fail(ErrorCode::kBusy,
-                    fmt::format("'{}' is just being attached or detached", source));
+                    fmt::format("'{}' is just being attached, detached or limited", source));
     }
-    if (for_attach && found != entries_.end()) {
+    if (change == Change::kAttach && found != entries_.end()) {
         return fail(ErrorCode::kBusy, fmt::format("'{}' is attached already: vhost-user socket {}",
                                                   source, found->second.socket));
     }
-    if (!for_attach && found == entries_.end()) {
+    if (change != Change::kAttach && found == entries_.end()) {
         return fail(ErrorCode::kNotFound, fmt::format("'{}' is not attached", source));
     }
-    entries_[info.id].changing = true;
+    entries_[info.id].change = change;
     return info.id;
 }
 
 void VhostHost::release(uint64_t id, std::optional<Entry> entry) {
     const std::scoped_lock lock(mutex_);
     if (entry) {
-        entry->changing = false;
+        entry->change = Change::kNone;
         entries_[id] = *std::move(entry);
     } else {
         entries_.erase(id);
@@ -205,7 +207,7 @@ void VhostHost::release(uint64_t id, std::optional<Entry> entry) {
 
 Result<AttachmentStatus> VhostHost::attach(std::string_view source,
                                            const AttachmentOptions& options) {
-    STELLARIUM_ASSIGN(const uint64_t id, reserve(source, true));
+    STELLARIUM_ASSIGN(const uint64_t id, reserve(source, Change::kAttach));
     Entry entry;
     entry.options = options;
     Result<void> attached = serve(id, source, entry);
@@ -237,7 +239,7 @@ Result<AttachmentStatus> VhostHost::attach(std::string_view source,
 }
 
 Result<AttachmentStatus> VhostHost::detach(std::string_view source) {
-    STELLARIUM_ASSIGN(const uint64_t id, reserve(source, false));
+    STELLARIUM_ASSIGN(const uint64_t id, reserve(source, Change::kDetach));
     Entry entry;
     {
         const std::scoped_lock lock(mutex_);
@@ -270,6 +272,47 @@ Result<AttachmentStatus> VhostHost::detach(std::string_view source) {
     }
     release(id, std::nullopt);
     log_.info("detached", {{"source", std::string(source)}});
+    return status;
+}
+
+Result<AttachmentStatus> VhostHost::set_limits(std::string_view source, const RateLimits& limits) {
+    STELLARIUM_ASSIGN(const uint64_t id, reserve(source, Change::kLimits));
+    Entry entry;
+    {
+        const std::scoped_lock lock(mutex_);
+        entry = entries_[id];
+    }
+    const control::AttachmentOptions before = entry.options;
+    entry.options.limits = limits;
+    Result<void> set;
+    if (entry.unreadable) {
+        set = fail(ErrorCode::kUnsupported,
+                   fmt::format("'{}' cannot be limited: {}; detach and attach it again", source,
+                               entry.failure));
+    }
+    if (set) {
+        nova::Pool::AttachmentRecord record;
+        record.source = source;
+        record.label = "vhost-user socket " + entry.socket;
+        record.options = control::encode_attachment(entry.options);
+        set = pool_.set_attachment(id, std::move(record));
+    }
+    if (!set) {
+        entry.options = before;
+        release(id, std::move(entry));
+        return std::unexpected(set.error());
+    }
+    // On record first: limits that cannot be kept are not begun with either.
+    if (entry.failure.empty()) {
+        set = server_->set_limits(device_name(id), limits);
+    }
+    AttachmentStatus status = status_of(id, std::string(source), entry);
+    release(id, std::move(entry));
+    if (!set) {
+        return std::unexpected(set.error());
+    }
+    log_.info("limited", {{"source", std::string(source)},
+                          {"limits", limits.any() ? format_rate_limits(limits) : "none"}});
     return status;
 }
 
@@ -307,7 +350,8 @@ std::vector<AttachmentStatus> VhostHost::attachments() const {
         if (info) {
             const std::scoped_lock lock(mutex_);
             if (const auto found = entries_.find(info->id);
-                found != entries_.end() && !found->second.changing) {
+                found != entries_.end() && (found->second.change == Change::kNone ||
+                                            found->second.change == Change::kLimits)) {
                 entry = found->second;
                 entry->device.reset();  // Only the owner keeps the volume open.
             }

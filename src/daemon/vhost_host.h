@@ -55,6 +55,8 @@ class VhostHost final : public control::AttachmentHost {
     Result<control::AttachmentStatus> attach(std::string_view source,
                                              const control::AttachmentOptions& options) override;
     Result<control::AttachmentStatus> detach(std::string_view source) override;
+    Result<control::AttachmentStatus> set_limits(std::string_view source,
+                                                 const RateLimits& limits) override;
     std::vector<control::AttachmentStatus> attachments() const override;
 
     /// Of every served device, named by entity id; and the present name of one.
@@ -62,6 +64,9 @@ class VhostHost final : public control::AttachmentHost {
     std::string source_of(std::string_view device) const;
 
   private:
+    /// What a call that runs now does to an attachment; one at a time.
+    enum class Change : uint8_t { kNone, kAttach, kDetach, kLimits };
+
     struct Entry {
         std::string source;  ///< When it was attached; the pool knows the present name.
         std::string socket;
@@ -69,11 +74,12 @@ class VhostHost final : public control::AttachmentHost {
         std::shared_ptr<BlockDevice> device;
         std::shared_future<void> released;  ///< Ready when the server holds the device no more.
         std::string failure;                ///< Why it is not served; "" when it is.
-        bool changing = false;              ///< An attach or detach of it is running.
+        bool unreadable = false;            ///< Its record is: the options are not what it says.
+        Change change = Change::kNone;
     };
 
     Result<void> serve(uint64_t id, std::string_view source, Entry& entry);
-    Result<uint64_t> reserve(std::string_view source, bool for_attach);
+    Result<uint64_t> reserve(std::string_view source, Change change);
     void release(uint64_t id, std::optional<Entry> entry);
     void flush_entry(const Entry& entry);
     control::AttachmentStatus status_of(uint64_t id, const std::string& source,
