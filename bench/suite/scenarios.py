@@ -584,6 +584,60 @@ def group_commit(bench):
              "volume.")
 
 
+def noisy_neighbour(bench):
+    """Guests that read a little, beside one that writes as much as it may."""
+    count, limit = 4, 16 * MIB
+    alone, unlimited, limited = "alone", "beside a noisy guest", "beside the same one, limited"
+    noise = ", bytes of the noisy one"
+    limits = {"bandwidth_bytes": limit, "bandwidth_burst_bytes": limit // 10}
+    daemon = bench.daemon()
+    names = [f"quiet-{number}" for number in range(count)]
+    noisy = numbered("noisy-")
+    daemon.clone("base", *names)
+    sockets = [daemon.attach(name) for name in names]
+    pass_over(bench, sockets[0])
+
+    def quiet():
+        report = served.load(bench.blkbench, sockets, "--depth", 1, "--seconds", bench.seconds())
+        return {"": report["read"]["requests_per_second"],
+                P99: report["read"]["latency_us"]["p99"]}
+
+    def beside(**options):
+        def run():
+            name = noisy()
+            daemon.clone("base", name)
+            socket = daemon.attach(name, **options)
+            with served.Connected(bench.blkbench, daemon, [socket], "--read-percent", 0,
+                                  "--block-size", "64KiB", "--depth", 32):
+                before, begin = daemon.device_bytes(name, "write"), time.monotonic()
+                figures = quiet()
+                written = daemon.device_bytes(name, "write") - before
+                figures[noise] = written / (time.monotonic() - begin) / 1e6
+            daemon.drop(name)
+            return figures
+        return run
+    variants, units = {}, {}
+    for who, run in {alone: quiet, unlimited: beside(), limited: beside(limits=limits)}.items():
+        together = Together(run)
+        for what in ("", P99) if who == alone else ("", P99, noise):
+            variants[who + what] = together.variant(what)
+        units[who + P99] = "us"
+        units[who + noise] = "MB/s"
+    return Scenario(
+        "noisy-neighbour", f"4 KiB random read, depth 1, by {count} guests beside a noisy one",
+        "IOPS", variants,
+        [Target("beside a limited one, at least 0.8 x alone", 0.8, lambda m: m[limited] / m[alone],
+                smoke_bound=0.5),
+         Target("beside a limited one, 99th percentile at most 2 x alone", 2,
+                lambda m: m[limited + P99] / m[alone + P99], at_most=True, smoke_bound=4),
+         Target("the limited one has at most 1.1 x its limit", 1.1,
+                lambda m: m[limited + noise] * 1e6 / limit, at_most=True, smoke_bound=1.5)],
+        units=units,
+        note=f"The noisy guest writes 64 KiB at random, 32 in flight, no two alike; its limit is "
+             f"{limit // MIB} MiB a second. What its load generator takes of the processors, which "
+             f"is less when it is limited, is part of the figures.")
+
+
 def boot_reads(bench, image):
     """A file that lists what a guest reads of `image` as it boots; recorded once, then kept."""
     kept = guests.cache_folder() / "bench" / f"{image.stem}-{image.stat().st_mtime_ns}.reads"
@@ -803,6 +857,7 @@ SCENARIOS = {
     "overwrite-bytes": overwrite_bytes,
     "device-bytes": device_bytes,
     "group-commit": group_commit,
+    "noisy-neighbour": noisy_neighbour,
     "boot-replay": boot_replay,
     "density": density,
     "layers": layers,

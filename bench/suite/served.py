@@ -62,6 +62,15 @@ class UnixConnection(http.client.HTTPConnection):
         return (json.loads(text) if text else None), seconds
 
 
+    def text(self, target):
+        self.request("GET", target)
+        answer = self.getresponse()
+        text = answer.read().decode()
+        if answer.status != 200:
+            raise peers.PeerError(f"GET {target}: {answer.status} {text}")
+        return text
+
+
 class Ours:
     """stellariumd on a store of its own, for as long as the block runs."""
 
@@ -88,8 +97,16 @@ class Ours:
     def clone(self, source, *names):
         return self.api.call("POST", "/v1/clones", {"source": source, "names": names})[1]
 
-    def attach(self, name):
-        return self.api.call("PUT", f"/v1/attachments/{name}", {})[0]["socket"]
+    def attach(self, name, **options):
+        return self.api.call("PUT", f"/v1/attachments/{name}", options)[0]["socket"]
+
+    def device_bytes(self, name, request):
+        """Bytes that the guest of a volume has read, or written, since it was attached."""
+        sample = f'stellarium_device_bytes_total{{volume="{name}",request="{request}"}} '
+        for line in self.api.text("/metrics").splitlines():
+            if line.startswith(sample):
+                return int(float(line.removeprefix(sample)))
+        raise peers.PeerError(f"the daemon's metrics have no {sample}")
 
     def drop(self, *names):
         """Detaches and removes."""
@@ -168,14 +185,16 @@ class QemuStorageDaemon:
 
 
 class Connected:
-    """While the block runs, the load generator keeps one read in flight on each of `sockets`."""
+    """While the block runs, the load generator is at work on `sockets`: without options it keeps
+    one read in flight on each. It begins when no guest is connected."""
 
     TIMEOUT_S = 600
 
-    def __init__(self, blkbench, daemon, sockets):
+    def __init__(self, blkbench, daemon, sockets, *options):
         self.daemon = daemon
         self.count = len(sockets)
-        self.words = [blkbench, *sockets, "--depth", "1", "--seconds", str(2 * self.TIMEOUT_S)]
+        self.words = [blkbench, *sockets, *map(str, options or ("--depth", 1)),
+                      "--seconds", str(2 * self.TIMEOUT_S)]
 
     def __enter__(self):
         peers.COMMANDS.note(self.words)
