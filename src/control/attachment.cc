@@ -50,7 +50,8 @@ Json to_json(const RateLimits& limits) {
     return object;
 }
 
-Result<AttachmentOptions> attachment_options_from_json(const Json& object, std::string what) {
+Result<AttachmentOptions> attachment_options_from_json(const Json& object,
+                                                       const std::string& what) {
     AttachmentOptions options;
     ObjectReader reader(object, what);
     const std::string frontend = reader.optional_string("frontend").value_or("vhost-user");

@@ -41,7 +41,7 @@ Result<RateLimits> rate_limits_from_json(const Json& object, std::string what);
 Json to_json(const RateLimits& limits);
 
 /// Reads the options of an attach request or of a record.
-Result<AttachmentOptions> attachment_options_from_json(const Json& object, std::string what);
+Result<AttachmentOptions> attachment_options_from_json(const Json& object, const std::string& what);
 std::vector<std::byte> encode_attachment(const AttachmentOptions& options);
 Result<AttachmentOptions> decode_attachment(const nova::Pool::AttachmentRecord& record);
 
