@@ -115,9 +115,7 @@ int lock_whole_file(int descriptor) {
     return errno == EACCES ? EAGAIN : errno;
 }
 
-#ifndef RWF_DONTCACHE
-constexpr int RWF_DONTCACHE = 0x80;  // Linux 6.14, include/uapi/linux/fs.h.
-#endif
+constexpr int kDontCache = 0x80;  // RWF_DONTCACHE, Linux 6.14, include/uapi/linux/fs.h.
 
 class PosixFile final : public File {
   public:
@@ -167,7 +165,7 @@ class PosixFile final : public File {
         };
         const bool streams =
             caching == Caching::kStream && streams_.load(std::memory_order_relaxed);
-        ssize_t put = write(streams ? RWF_DONTCACHE : 0);
+        ssize_t put = write(streams ? kDontCache : 0);
         if (put < 0 && streams && errno == EOPNOTSUPP) {
             streams_.store(false, std::memory_order_relaxed);  // This kernel or file system cannot.
             put = write(0);
