@@ -833,6 +833,8 @@ class Scrub(TestCase):
         for rate in ("fast", ""):  # An empty one is a variable that was not set, not no limit.
             for command in ("scrub", "gc"):
                 self.assert_fails(s.run(command, "--rate", rate), "invalid_argument", "size")
+        s.ok("scrub", "--rate", "0MiB")  # No limit, in whatever unit.
+        self.assert_fails(s.run("gc", "--rate", "0MiB"), "invalid_argument", "more than 0")
         for rate in ("1KiB", "1048575"):  # It would not end.
             for command in ("scrub", "gc"):
                 self.assert_fails(s.run(command, "--rate", rate), "invalid_argument", "at least")

@@ -263,14 +263,10 @@ void show_collection(Progress& progress, const Json& state) {
                   number_field(state, "done"), number_field(state, "total"));
 }
 
-}  // namespace
-
-namespace {
-
-/// Of --rate: bytes a second, and not so few that the work would never end.
+/// Of --rate: bytes a second, and not so few that the work would never end; 0: no limit.
 Result<uint64_t> parse_rate(std::string_view text) {
     STELLARIUM_ASSIGN(const uint64_t rate, parse_size(text));
-    if (rate < nova::kMinRateBytes) {
+    if (rate != 0 && rate < nova::kMinRateBytes) {
         return fail(ErrorCode::kInvalidArgument,
                     fmt::format("--rate {} is too little: it must be at least {} a second", text,
                                 format_size(nova::kMinRateBytes)));
@@ -283,7 +279,11 @@ Result<uint64_t> parse_rate(std::string_view text) {
 Result<void> collect_garbage(Context& context, const Arguments& arguments) {
     Json request{{"dry_run", arguments.dry_run}};
     if (!arguments.rate.empty()) {
-        STELLARIUM_ASSIGN(request["rate_bytes_per_second"], parse_rate(arguments.rate));
+        STELLARIUM_ASSIGN(const uint64_t rate, parse_rate(arguments.rate));
+        if (rate == 0) {
+            return fail(ErrorCode::kInvalidArgument, "--rate must be more than 0");
+        }
+        request["rate_bytes_per_second"] = rate;
     }
     Progress progress("collecting garbage", context.progress());
     STELLARIUM_ASSIGN(const Json report,
@@ -412,9 +412,7 @@ Result<void> scrub(Context& context, const Arguments& arguments) {
         return scrub_status(context);
     }
     uint64_t rate = kDefaultScrubRate;
-    if (arguments.rate == "0") {
-        rate = 0;
-    } else if (!arguments.rate.empty()) {
+    if (!arguments.rate.empty()) {
         STELLARIUM_ASSIGN(rate, parse_rate(arguments.rate));
     }
     const Json request{{"restart", arguments.restart}, {"rate_bytes_per_second", rate}};
