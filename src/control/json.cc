@@ -238,6 +238,15 @@ std::optional<uint64_t> ObjectReader::optional_size(std::string_view key) {
     return *size;
 }
 
+std::optional<uint64_t> ObjectReader::optional_rate(std::string_view key, uint64_t least) {
+    const std::optional<uint64_t> rate = optional_size(key);
+    if (rate && *rate != 0 && *rate < least) {
+        complain(key, fmt::format("is {}, and must be 0 (no limit) or at least {}",
+                                  format_size(*rate), format_size(least)));
+    }
+    return rate;
+}
+
 uint64_t ObjectReader::required_size(std::string_view key) {
     if (object_.is_object() && !has(key)) {
         known_keys_.emplace_back(key);

@@ -62,6 +62,8 @@ class ObjectReader {
                                             uint64_t most = std::numeric_limits<uint64_t>::max());
     /// A number of bytes, or text such as "10GiB".
     std::optional<uint64_t> optional_size(std::string_view key);
+    /// The same a second: 0 for no limit, or at least `least`.
+    std::optional<uint64_t> optional_rate(std::string_view key, uint64_t least);
 
     /// nullptr when it is not there; whether it is an object is for its own reader to say.
     const Json* optional_value(std::string_view key) { return take(key); }

@@ -13,7 +13,6 @@
 #include <fmt/ranges.h>
 #include <unistd.h>
 
-#include "base/units.h"
 #include "control/entity_json.h"
 #include "control/json.h"
 #include "control/suggest.h"
@@ -30,13 +29,7 @@ struct ParsedTarget {
 
 /// How fast a collection or a scrub may be; 0: no limit.
 uint64_t rate_of(ObjectReader& reader) {
-    constexpr std::string_view kKey = "rate_bytes_per_second";
-    const uint64_t rate = reader.optional_size(kKey).value_or(0);
-    if (rate != 0 && rate < nova::kMinRateBytes) {
-        reader.complain(kKey, fmt::format("is {}, and must be 0 (no limit) or at least {}",
-                                          format_size(rate), format_size(nova::kMinRateBytes)));
-    }
-    return rate;
+    return reader.optional_rate("rate_bytes_per_second", nova::kMinRateBytes).value_or(0);
 }
 
 std::vector<std::string_view> split(std::string_view text, char separator) {

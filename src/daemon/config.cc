@@ -68,12 +68,7 @@ std::vector<std::string> apply_settings(const control::Json& settings, DaemonCon
     if (const auto percent = reader.optional_number("low_space_percent", 0, 99)) {
         config.gc.low_space_share = static_cast<double>(*percent) / 100;
     }
-    if (const auto rate = reader.optional_size("gc_rate")) {
-        if (*rate != 0 && *rate < nova::kMinRateBytes) {
-            reader.complain("gc_rate",
-                            fmt::format("is {}, and must be 0 (no limit) or at least {}",
-                                        format_size(*rate), format_size(nova::kMinRateBytes)));
-        }
+    if (const auto rate = reader.optional_rate("gc_rate", nova::kMinRateBytes)) {
         config.gc.rate_bytes_per_second = *rate;
     }
     if (const auto every = reader.optional_string("scrub_every")) {
