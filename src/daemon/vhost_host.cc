@@ -127,11 +127,10 @@ void VhostHost::stop() {
 Result<void> VhostHost::serve(uint64_t id, std::string_view source, Entry& entry) {
     entry.source = source;
     entry.socket = fmt::format("{}/vhost/{}.sock", options_.runtime_directory, id);
-    STELLARIUM_ASSIGN(auto device,
-                      pool_.attach(source, {.read_only = entry.options.read_only,
-                                            .label = "vhost-user socket " + entry.socket,
-                                            .serial = entry.options.serial,
-                                            .id = id}));
+    STELLARIUM_ASSIGN(auto device, pool_.attach(source, {.read_only = entry.options.read_only,
+                                                         .label = label_of(entry),
+                                                         .serial = entry.options.serial,
+                                                         .id = id}));
     const uint64_t needed = descriptors_of_attachment(entry.options.queues);
     if (const uint64_t before = descriptors_->fetch_add(needed);
         needed > options_.max_descriptors || before > options_.max_descriptors - needed) {
@@ -205,6 +204,16 @@ void VhostHost::release(uint64_t id, std::optional<Entry> entry) {
     }
 }
 
+std::string VhostHost::label_of(const Entry& entry) {
+    return "vhost-user socket " + entry.socket;
+}
+
+nova::Pool::AttachmentRecord VhostHost::record_of(std::string_view source, const Entry& entry) {
+    return {.source = std::string(source),
+            .label = label_of(entry),
+            .options = control::encode_attachment(entry.options)};
+}
+
 Result<AttachmentStatus> VhostHost::attach(std::string_view source,
                                            const AttachmentOptions& options) {
     STELLARIUM_ASSIGN(const uint64_t id, reserve(source, Change::kAttach));
@@ -212,11 +221,7 @@ Result<AttachmentStatus> VhostHost::attach(std::string_view source,
     entry.options = options;
     Result<void> attached = serve(id, source, entry);
     if (attached) {
-        nova::Pool::AttachmentRecord record;
-        record.source = source;
-        record.label = "vhost-user socket " + entry.socket;
-        record.options = control::encode_attachment(options);
-        attached = pool_.set_attachment(id, std::move(record));
+        attached = pool_.set_attachment(id, record_of(source, entry));
         if (!attached) {
             // Not on record, so it must not be there either.
             if (const auto undone = server_->detach(device_name(id)); !undone) {
@@ -291,11 +296,7 @@ Result<AttachmentStatus> VhostHost::set_limits(std::string_view source, const Ra
                                entry.failure));
     }
     if (set) {
-        nova::Pool::AttachmentRecord record;
-        record.source = source;
-        record.label = "vhost-user socket " + entry.socket;
-        record.options = control::encode_attachment(entry.options);
-        set = pool_.set_attachment(id, std::move(record));
+        set = pool_.set_attachment(id, record_of(source, entry));
     }
     if (!set) {
         entry.options = before;

@@ -81,6 +81,8 @@ class VhostHost final : public control::AttachmentHost {
     Result<void> serve(uint64_t id, std::string_view source, Entry& entry);
     Result<uint64_t> reserve(std::string_view source, Change change);
     void release(uint64_t id, std::optional<Entry> entry);
+    static std::string label_of(const Entry& entry);
+    static nova::Pool::AttachmentRecord record_of(std::string_view source, const Entry& entry);
     void flush_entry(const Entry& entry);
     control::AttachmentStatus status_of(uint64_t id, const std::string& source,
                                         const Entry& entry) const;
