@@ -95,8 +95,9 @@ Result<void> check_access_of(const ServiceUser& user, const std::string& store) 
         return std::unexpected(Error::from_errno(errno, "start a process as user " + user.name));
     }
     if (child == 0) {
+        // That they cannot be become is for the parent to find and to say.
         const bool denied =
-            !become(user) || (access(store.c_str(), R_OK | W_OK | X_OK) != 0 && errno == EACCES);
+            become(user) && access(store.c_str(), R_OK | W_OK | X_OK) != 0 && errno == EACCES;
         _exit(denied ? 1 : 0);
     }
     int status = 0;
