@@ -42,8 +42,7 @@ struct LaneBacklog {
 };
 
 /// Thread rule: the first part is constant after attach, but for options.limits, which the server's
-/// mutex guards; atomics and the guarded text are for all;
-/// the rest belongs to the data thread.
+/// mutex guards; atomics and the guarded text are for all; the rest belongs to the data thread.
 struct Device : std::enable_shared_from_this<Device> {
     std::string name;
     std::shared_ptr<BlockDevice> disk;

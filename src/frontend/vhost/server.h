@@ -113,9 +113,8 @@ class VhostServer {
     /// device takes for what it has begun. kNotFound.
     Result<void> detach(std::string_view name);
     /// Limits the requests of an attached device, from the next turn of its thread on; without any
-    /// limit, no more. Requests
-    /// that wait for the present ones are looked at again. What is owed under the present ones
-    /// remains so. kInvalidArgument, kNotFound.
+    /// limit, no more. Requests that wait for the present ones are looked at again. What is owed
+    /// under the present ones remains so. kInvalidArgument, kNotFound.
     Result<void> set_limits(std::string_view name, const RateLimits& limits);
     std::vector<AttachmentStatus> status() const;
     Result<AttachmentStatus> status(std::string_view name) const;

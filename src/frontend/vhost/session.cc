@@ -813,9 +813,12 @@ bool Session::stopping(const Queue& queue) const {
            (pending_.type != MessageType::kGetVringBase || pending_.queue == index_of(queue));
 }
 
+bool Session::usable(const Queue& queue) const {
+    return !closed_ && !draining_ && queue.enabled && queue.ring.started() && queue.ring.resolved();
+}
+
 bool Session::has_to_recover(const Queue& queue) const {
-    return queue.ring.has_recovered() && !closed_ && !draining_ && queue.enabled &&
-           queue.ring.started() && queue.ring.resolved();
+    return queue.ring.has_recovered() && usable(queue);
 }
 
 bool Session::running(const Queue& queue) const {
@@ -824,7 +827,7 @@ bool Session::running(const Queue& queue) const {
         // else will complete that.
         return pending_.type == MessageType::kGetVringBase && has_to_recover(queue);
     }
-    return !closed_ && !draining_ && queue.enabled && queue.ring.started() && queue.ring.resolved();
+    return usable(queue);
 }
 
 void Session::schedule(Queue& queue) {

@@ -152,6 +152,7 @@ class Session : public std::enable_shared_from_this<Session> {
 
     // Requests.
     bool stopping(const Queue& queue) const;
+    bool usable(const Queue& queue) const;
     /// Requests that were in flight before a crash can be, and have not been, taken up again.
     bool has_to_recover(const Queue& queue) const;
     bool running(const Queue& queue) const;
