@@ -203,6 +203,19 @@ class ThrottledGuestTest : public VhostTest {
                 queue->kick();
             }
         }
+        /// Each to a page of its own.
+        void send_writes(unsigned count) {
+            for (unsigned i = 0; i < count; ++i) {
+                add(kBlkOut, uint64_t{4096} * i, 512);
+            }
+            kick();
+        }
+        void send_reads(unsigned count) {
+            for (unsigned i = 0; i < count; ++i) {
+                add(kBlkIn, 0, 512);
+            }
+            kick();
+        }
         size_t total() const { return std::accumulate(done.begin(), done.end(), size_t{0}); }
         /// Takes what has been given back.
         void collect() {
@@ -350,10 +363,7 @@ TEST_F(ThrottledGuestTest, AChangedLimitIsLookedAtByWhoWaits) {
     attach_one({.limits = {.iops = 1, .iops_burst = 1}});
     Load load;
     load.guest.connect(socket());
-    for (int i = 0; i < 50; ++i) {
-        load.add(kBlkIn, 0, 512);
-    }
-    load.kick();
+    load.send_reads(50);
     ASSERT_TRUE(load.reaches(1));
     set_limits({.iops = 1000, .iops_burst = 10});
     EXPECT_EQ(status().limits.iops, 1000U);
@@ -367,10 +377,7 @@ TEST_F(ThrottledGuestTest, AChangedLimitIsLookedAtByWhoWaits) {
     // And back again.
     set_limits({.iops = 1000, .iops_burst = 10});
     settle();
-    for (int i = 0; i < 20; ++i) {
-        load.add(kBlkIn, 0, 512);
-    }
-    load.kick();
+    load.send_reads(20);
     ASSERT_TRUE(load.reaches(60));
     EXPECT_EQ(server_->set_limits("one", {.iops = kMaxIops + 1}).error().code(),
               ErrorCode::kInvalidArgument);
@@ -408,10 +415,7 @@ TEST_F(ThrottledGuestTest, ARingThatIsHeldBackIsStoppedAndGoesOn) {
     attach_one({.limits = {.iops = 1000, .iops_burst = 10}});
     Load load;
     load.guest.connect(socket());
-    for (int i = 0; i < 30; ++i) {
-        load.add(kBlkOut, uint64_t{4096} * static_cast<unsigned>(i), 512);
-    }
-    load.kick();
+    load.send_writes(30);
     ASSERT_TRUE(load.reaches(10));
     settle();
     EXPECT_EQ(value_of(load.guest.client->stop_queue(0), "base"), 10);
@@ -433,14 +437,9 @@ TEST_F(ThrottledGuestTest, ARingThatIsHeldBackIsStoppedAndGoesOn) {
 
 TEST_F(ThrottledGuestTest, ALostConnectionLosesNothingAndFillsNoBucket) {
     attach_one({.limits = {.iops = 1000, .iops_burst = 10}});
-    GuestOptions options;
-    options.inflight = true;
-    Load load(options);
+    Load load({.inflight = true});
     load.guest.connect(socket());
-    for (int i = 0; i < 40; ++i) {
-        load.add(kBlkOut, uint64_t{4096} * static_cast<unsigned>(i), 512);
-    }
-    load.kick();
+    load.send_writes(40);
     ASSERT_TRUE(load.reaches(10));
     for (const size_t expected : {size_t{10}, size_t{14}, size_t{18}}) {
         load.guest.client.reset();
@@ -471,15 +470,10 @@ TEST_F(ThrottledGuestTest, ALostConnectionLosesNothingAndFillsNoBucket) {
 
 TEST_F(ThrottledGuestTest, AStopDoesNotWaitForTheLimitOfWhatWasInFlightBeforeACrash) {
     attach_one({.limits = {.iops = 1000, .iops_burst = 10}});
-    GuestOptions options;
-    options.inflight = true;
-    Load load(options);
+    Load load({.inflight = true});
     load.guest.connect(socket());
     disk_->hold();
-    for (int i = 0; i < 20; ++i) {
-        load.add(kBlkOut, uint64_t{4096} * static_cast<unsigned>(i), 512);
-    }
-    load.kick();
+    load.send_writes(20);
     const auto deadline = std::chrono::steady_clock::now() + kPatience;
     while (status().in_flight < 10) {
         ASSERT_LT(std::chrono::steady_clock::now(), deadline);
@@ -503,14 +497,9 @@ TEST_F(ThrottledGuestTest, AStopDoesNotWaitForTheLimitOfWhatWasInFlightBeforeACr
 
 TEST_F(ThrottledGuestTest, WhatIsHeldBackDoesNotHoldADetachUpAndIsFoundAgain) {
     attach_one({.limits = {.iops = 1, .iops_burst = 1}});
-    GuestOptions options;
-    options.inflight = true;
-    Load load(options);
+    Load load({.inflight = true});
     load.guest.connect(socket());
-    for (int i = 0; i < 40; ++i) {
-        load.add(kBlkOut, uint64_t{4096} * static_cast<unsigned>(i), 512);
-    }
-    load.kick();
+    load.send_writes(40);
     ASSERT_TRUE(load.reaches(1));
     settle();
     STELLARIUM_EXPECT_OK(server_->detach("one"));
@@ -528,10 +517,7 @@ TEST_F(ThrottledGuestTest, ALimitThatNobodyWaitsForCostsNothing) {
     attach("other", disk_);
     Load load;
     load.guest.connect(socket());
-    for (int i = 0; i < 20; ++i) {
-        load.add(kBlkIn, 0, 512);
-    }
-    load.kick();
+    load.send_reads(20);
     ASSERT_TRUE(load.reaches(10));
     advance(10 * kMsNs);
     ASSERT_TRUE(load.reaches(20));
