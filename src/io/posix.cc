@@ -163,19 +163,19 @@ class PosixFile final : public File {
         const auto write = [&](int flags) {
             return ::pwritev2(descriptor_.get(), from.data(), count, to_off(offset_bytes), flags);
         };
-        const bool streams =
-            caching == Caching::kStream && streams_.load(std::memory_order_relaxed);
+        bool streams = caching == Caching::kStream && streams_.load(std::memory_order_relaxed);
         ssize_t put = write(streams ? kDontCache : 0);
         if (put < 0 && streams && errno == EOPNOTSUPP) {
-            streams_.store(false, std::memory_order_relaxed);  // This kernel or file system cannot.
+            streams = false;  // This kernel or file system cannot.
+            streams_.store(false, std::memory_order_relaxed);
             put = write(0);
         }
         if (put < 0) {
             return failed_at(errno, "write", path_, offset_bytes);
         }
-        if (caching == Caching::kStream && !streams_.load(std::memory_order_relaxed)) {
-            // It stays in memory, but is on its way.
-            // With this one flag the call collects no errors of writing: datasync still sees them.
+        if (caching == Caching::kStream && !streams) {
+            // It stays in memory, but is on its way. With this one flag the call collects no errors
+            // of writing: datasync still sees them.
             static_cast<void>(::sync_file_range(descriptor_.get(), to_off(offset_bytes), put,
                                                 SYNC_FILE_RANGE_WRITE));
         }
@@ -263,6 +263,7 @@ class PosixFile final : public File {
         static_cast<void>(::posix_fadvise(descriptor_.get(), to_off(offset_bytes),
                                           to_off(length_bytes), POSIX_FADV_WILLNEED));
     }
+
     Result<std::unique_ptr<MappedBytes>> map(uint64_t offset_bytes,
                                              uint64_t length_bytes) override {
         STELLARIUM_ASSIGN(Mapping mapping, map_range(PROT_READ, offset_bytes, length_bytes));
