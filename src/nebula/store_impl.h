@@ -291,6 +291,12 @@ class StoreImpl final : public SalvagedStore {
         SegmentScan scan;
         bool lost_end = false;
         bool footer_differs = false;  ///< From the batches.
+
+        bool writes_header() const { return !scan.header_problem.empty(); }
+        /// Where the footer is whole it names what is dead by now, too.
+        bool writes_footer() const {
+            return footer_differs || (!scan.has_footer && scan.batches > 0);
+        }
     };
     Result<void> rewrite_metadata(const Rewrite& rewrite, RepairReport& report);
 

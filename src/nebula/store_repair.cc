@@ -203,21 +203,15 @@ Result<void> StoreImpl::publish_repair(Bytes payload) {
 Result<void> StoreImpl::rewrite_metadata(const Rewrite& rewrite, RepairReport& report) {
     Segment& segment = *rewrite.segment;
     const SegmentScan& scan = rewrite.scan;
-    const bool header = !scan.header_problem.empty();
-    // Where the footer is whole it names what is dead by now, too.
-    const bool footer = rewrite.footer_differs || (!scan.has_footer && scan.batches > 0);
-    if (!header && !footer) {
-        return {};
-    }
     STELLARIUM_ASSIGN(const auto file,
                       files_.open(segments_->path(segment.number()), io::OpenMode::kReadWrite));
-    if (header) {
+    if (rewrite.writes_header()) {
         const SegmentHeader fresh = make_segment_header(store_id_, segment.number(),
                                                         std::max<uint64_t>(scan.first_sequence, 1));
         STELLARIUM_TRY(io::write_all(*file, bytes_of(fresh), 0));
         ++report.headers;
     }
-    if (footer) {
+    if (rewrite.writes_footer()) {
         std::vector<Entry> entries;
         STELLARIUM_TRY(segments_->visit_live(segment, [&](std::span<const Entry> live) {
             entries.assign(live.begin(), live.end());
@@ -261,7 +255,8 @@ Result<RepairReport> StoreImpl::repair(Bytes payload) {
     std::optional<SegmentScan> next;
     for (size_t i = 0; i < segments.size() && segments[i]->number() <= last_found_segment_; ++i) {
         Segment* segment = segments[i];
-        SegmentScan scan;
+        Rewrite rewrite{.segment = segment, .scan = {}};
+        SegmentScan& scan = rewrite.scan;
         if (next) {
             scan = std::move(*next);
             next.reset();
@@ -269,24 +264,20 @@ Result<RepairReport> StoreImpl::repair(Bytes payload) {
             STELLARIUM_ASSIGN(scan, scan_segment(*segment));
         }
         if (scan.is_foreign) {
-            rewrites.push_back({.segment = segment, .scan = std::move(scan)});
+            rewrites.push_back(std::move(rewrite));
             continue;
         }
-        bool lost_end = false;
         if (i + 1 < segments.size() && segments[i + 1]->number() <= last_found_segment_) {
             STELLARIUM_ASSIGN(next, scan_segment(*segments[i + 1]));
-            lost_end = ends_early(segment->number(), scan, segments[i + 1]->number(), *next);
+            rewrite.lost_end =
+                ends_early(segment->number(), scan, segments[i + 1]->number(), *next);
         }
-        const bool footer_differs = !compare_footer(*segment, scan).different.empty();
-        STELLARIUM_TRY(evacuate(*segment, scan, lost_end, report));
-        if (!segment->reclaim.whole && (!scan.header_problem.empty() || footer_differs ||
-                                        (!scan.has_footer && scan.batches > 0))) {
+        rewrite.footer_differs = !compare_footer(*segment, scan).different.empty();
+        STELLARIUM_TRY(evacuate(*segment, scan, rewrite.lost_end, report));
+        if (!segment->reclaim.whole && (rewrite.writes_header() || rewrite.writes_footer())) {
             scan.entries.clear();
             scan.footer_entries.clear();
-            rewrites.push_back({.segment = segment,
-                                .scan = std::move(scan),
-                                .lost_end = lost_end,
-                                .footer_differs = footer_differs});
+            rewrites.push_back(std::move(rewrite));
         }
     }
     STELLARIUM_TRY(rebuild_index());
