@@ -72,6 +72,12 @@ Result<CheckReport> look(io::SimulatedMachine& machine, bool data = false, bool 
     return check_pool(machine.env(), kDirectory, options);
 }
 
+void write_to(TestPool& pool, const std::string& volume, uint64_t offset, uint64_t seed) {
+    auto device = must(pool->attach(volume, {}));
+    must(write(*device, offset, random_bytes(8192, seed)));
+    must(flush(*device));
+}
+
 /// A pool with an image, volumes, snapshots, garbage and freed space, whose process is gone.
 class Sample {
   public:
@@ -83,31 +89,31 @@ class Sample {
         must(pool_->clone("debian", {"a", "b"}));
         must(pool_->create_volume("c", uint64_t{8} << 20));
         for (uint64_t i = 0; i < 12; ++i) {
-            write_to("a", i * 40'960, 100 + i);
-            write_to("c", i * 500'000 / 512 * 512, 200 + i);
+            write_to(pool_, "a", i * 40'960, 100 + i);
+            write_to(pool_, "c", i * 500'000 / 512 * 512, 200 + i);
         }
         must(pool_->create_snapshot("a", "s"));
         for (uint64_t i = 0; i < neighbours; ++i) {
             const std::string name = fmt::format("many-{}", i);
             must(pool_->clone("debian", {name}));
-            write_to(name, i * 4096, 700 + i);
+            write_to(pool_, name, i * 4096, 700 + i);
         }
         must(pool_->remove({"gone"}));
         must(pool_->checkpoint());
         must(pool_->gc({}));
         for (uint64_t i = 0; i < 6; ++i) {
-            write_to("b", i * 20'480, 300 + i);
-            write_to("a", i * 61'440, 400 + i);
+            write_to(pool_, "b", i * 20'480, 300 + i);
+            write_to(pool_, "a", i * 61'440, 400 + i);
         }
         must(pool_->checkpoint());
         if (neighbours > 0) {
-            write_to("many-0", 65'536, 800);
+            write_to(pool_, "many-0", 65'536, 800);
             must(pool_->checkpoint());
             must(pool_->gc({}));
         }
         if (tail) {
             for (uint64_t i = 0; i < 4; ++i) {
-                write_to("b", 200'000 / 512 * 512 + i * 4096, 500 + i);
+                write_to(pool_, "b", 200'000 / 512 * 512 + i * 4096, 500 + i);
             }
             must(pool_->clone("debian", {"late"}));
             import_image(*pool_, "last", random_bytes(100'000, 3));
@@ -145,12 +151,6 @@ class Sample {
     }
 
   private:
-    void write_to(const std::string& volume, uint64_t offset, uint64_t seed) {
-        auto device = must(pool_->attach(volume, {}));
-        must(write(*device, offset, random_bytes(8192, seed)));
-        must(flush(*device));
-    }
-
     TestPool pool_;
     std::unique_ptr<io::SimulatedFileSystem> before_close_;
     std::unique_ptr<io::SimulatedFileSystem> machine_;
@@ -650,16 +650,16 @@ class WholeLog {
         import_image(*pool_, "debian", random_bytes(600'000, 1));
         must(pool_->clone("debian", {"a", "b"}));
         for (uint64_t i = 0; i < 12; ++i) {
-            write_to("a", i * 40'960, 100 + i);
+            write_to(pool_, "a", i * 40'960, 100 + i);
         }
         must(pool_->create_snapshot("a", "s"));
         must(pool_->checkpoint());
         must(pool_->rename("b", "c"));
-        write_to("a", 8192, 300);
+        write_to(pool_, "a", 8192, 300);
         must(pool_->checkpoint());
         import_image(*pool_, "gone", random_bytes(100'000, 2));
         must(pool_->remove({"gone"}));
-        write_to("c", 8192, 301);
+        write_to(pool_, "c", 8192, 301);
         for (const std::string source : {"debian", "a", "a@s", "c"}) {
             contents_[source] = export_all(*pool_, source);
         }
@@ -683,12 +683,6 @@ class WholeLog {
     }
 
   private:
-    void write_to(const std::string& volume, uint64_t offset, uint64_t seed) {
-        auto device = must(pool_->attach(volume, {}));
-        must(write(*device, offset, random_bytes(8192, seed)));
-        must(flush(*device));
-    }
-
     TestPool pool_;
     std::map<std::string, Content> contents_;
     std::unique_ptr<io::SimulatedFileSystem> files_;

@@ -35,6 +35,10 @@
 namespace stellarium::nova {
 namespace {
 
+bool is_damaged_volume(const EntityPtr& entity) {
+    return entity && entity->kind == EntityKind::kVolume && entity->state().damage;
+}
+
 std::string hex(const Identity& identity) {
     std::string text;
     for (const uint8_t byte : identity) {
@@ -155,7 +159,6 @@ class PoolImpl final : public Pool, public DeviceOwner {
 
     // Recovery.
     Result<void> open_arena();
-    bool holds_writes_of_damaged(std::span<const Arena::Found> slots) const;
     /// `slots`: what adopt() gave.
     Result<void> adopt_foreign_arena(std::unique_ptr<Arena> arena,
                                      std::span<const Arena::Found> slots);
@@ -498,7 +501,9 @@ Result<void> PoolImpl::open_arena() {
                                 why));
             }
         } else if (const std::vector<Arena::Found> slots = (*found)->adopt();
-                   named.path == own_path || holds_writes_of_damaged(slots)) {
+                   named.path == own_path || std::ranges::any_of(slots, [this](const auto& slot) {
+                       return is_damaged_volume(catalog_.find(slot.volume));
+                   })) {
             // Those of damaged volumes cannot be appended, and what is damaged now may be whole for
             // the next one who opens the pool: they stay where they are.
             use_arena(*std::move(found), slots, named);
@@ -570,7 +575,7 @@ void PoolImpl::use_arena(std::unique_ptr<Arena> arena, std::span<const Arena::Fo
     committer_ = make_committer(*arena_, options_.background);
     for (const Arena::Found& slot : slots) {
         const EntityPtr entity = catalog_.find(slot.volume);
-        if (entity && entity->kind == EntityKind::kVolume && entity->state().damage) {
+        if (is_damaged_volume(entity)) {
             withheld_[entity->id].push_back(slot.slot);
         } else if (entity && entity->kind == EntityKind::kVolume) {
             run(entity)->adopt(slot);
@@ -591,13 +596,6 @@ void PoolImpl::announce_arena() {
     committer_->announce(PendingRecord::of(arena_record_));
     const auto ignored = committer_->commit_announced();
     static_cast<void>(ignored);
-}
-
-bool PoolImpl::holds_writes_of_damaged(std::span<const Arena::Found> slots) const {
-    return std::ranges::any_of(slots, [this](const Arena::Found& slot) {
-        const EntityPtr entity = catalog_.find(slot.volume);
-        return entity && entity->kind == EntityKind::kVolume && entity->state().damage;
-    });
 }
 
 /// Appends everything that an arena at another place holds, and removes it.
