@@ -61,7 +61,6 @@ class UnixConnection(http.client.HTTPConnection):
             raise error(f"{method} {target}: {answer.status} {text.decode()}")
         return (json.loads(text) if text else None), seconds
 
-
     def text(self, target):
         self.request("GET", target)
         answer = self.getresponse()
