@@ -36,7 +36,9 @@ Volume::Volume(nebula::Store& store, NodeCache& cache, Arena& arena, Writeback& 
       entity_(std::move(entity)),
       last_sequence_(store.sequence()) {}
 
-Volume::~Volume() = default;
+Volume::~Volume() {
+    delete dirty_map_.load();
+}
 
 uint64_t Volume::size_bytes() const {
     return (entity_->size_bytes() + kSectorBytes - 1) / kSectorBytes * kSectorBytes;
@@ -159,6 +161,23 @@ Result<void> Volume::load_page(uint64_t page, MutableBytes into, IoMode mode) {
 
 // --- The dirty map -------------------------------------------------------------------------------
 
+Volume::DirtyMap& Volume::dirty_map() {
+    if (DirtyMap* const map = dirty_map_.load(std::memory_order_acquire)) {
+        return *map;
+    }
+    auto made = std::make_unique<DirtyMap>();
+    DirtyMap* present = nullptr;
+    if (dirty_map_.compare_exchange_strong(present, made.get(), std::memory_order_acq_rel)) {
+        return *made.release();
+    }
+    return *present;
+}
+
+std::span<Volume::Shard> Volume::shards() const {
+    DirtyMap* const map = dirty_map_.load(std::memory_order_acquire);
+    return map == nullptr ? std::span<Shard>() : std::span<Shard>(map->shards);
+}
+
 void Volume::supersede(Shard& shard, uint64_t first_page, uint64_t end_page) {
     for (Busy& busy : shard.busy) {
         if (busy.page >= first_page && busy.page < end_page) {
@@ -272,11 +291,11 @@ std::vector<DirtyRun> Volume::cut() {
     }
     // All shards at once, so that the cut is one moment: a write that began after another had
     // completed is in it only if the other one is.
-    for (Shard& shard : shards_) {
+    for (Shard& shard : shards()) {
         shard.mutex.lock();
     }
     runs.reserve(dirty_entries_.load(std::memory_order_relaxed));
-    for (Shard& shard : shards_) {
+    for (Shard& shard : shards()) {
         assert(shard.in_flight.empty());
         for (const auto& [page, slot] : shard.pages) {
             runs.push_back({.page = page, .slot = slot});
@@ -300,7 +319,7 @@ std::vector<DirtyRun> Volume::cut() {
             shard.in_flight.insert(zeros.slot);
         }
     }
-    for (Shard& shard : shards_) {
+    for (Shard& shard : shards()) {
         shard.mutex.unlock();
     }
     std::sort(runs.begin(), runs.end(),
@@ -361,7 +380,7 @@ void Volume::settle(std::span<const DirtyRun> runs, bool committed) {
 void Volume::drop(uint64_t first_page, uint64_t pages) {
     const uint64_t end_page = first_page + pages;
     std::vector<Slot> released;
-    for (Shard& shard : shards_) {
+    for (Shard& shard : shards()) {
         const std::lock_guard lock(shard.mutex);
         supersede(shard, first_page, end_page);
         for (auto it = shard.pages.begin(); it != shard.pages.end();) {
@@ -496,7 +515,7 @@ class Volume::BusyPages {
             Shard& shard = volume_.shard_of(page);
             const std::lock_guard lock(shard.mutex);
             std::erase_if(shard.busy, [page](const Busy& busy) { return busy.page == page; });
-            shard.busy_done.notify_all();
+            volume_.dirty_map().busy_done.notify_all();
         }
     }
     BusyPages(const BusyPages&) = delete;
@@ -512,7 +531,7 @@ class Volume::BusyPages {
         if (mode == IoMode::kNoWait && is_busy()) {
             return fail(ErrorCode::kWouldBlock, "another write of this page is in progress");
         }
-        shard.busy_done.wait(lock, [&] { return !is_busy(); });
+        volume_.dirty_map().busy_done.wait(lock, [&] { return !is_busy(); });
         shard.busy.push_back({.page = page, .superseded = false});
         pages_.push_back(page);
         return {};

@@ -7,7 +7,8 @@
 //
 // The dirty map is sharded by leaf; a shard maps page numbers to arena slots, and leaves to the one
 // slot that says which of their pages are zeros. So what is dirty costs memory in proportion to the
-// slots it holds, however large the ranges that guests discard. A slot's data never changes once it
+// slots it holds, however large the ranges that guests discard; and a volume that nobody has
+// written to has no map. A slot's data never changes once it
 // is published: rewriting a page takes a fresh slot. Writes of less than a page
 // copy the rest of the page from its present version, which may have to be read from disk; the page
 // is marked busy meanwhile. Whoever replaces a busy page says so in the mark, and the writer starts
@@ -148,12 +149,21 @@ class Volume : public std::enable_shared_from_this<Volume> {
         absl::flat_hash_map<uint64_t, ZeroLeaf> zeros;  ///< By leaf; no entry without a page.
         absl::flat_hash_set<Slot> in_flight;            ///< Part of the present cut.
         std::vector<Busy> busy;
-        std::condition_variable_any busy_done;
+    };
+    struct DirtyMap {
+        std::array<Shard, kShards> shards;
+        std::condition_variable_any busy_done;  ///< A page of any shard is busy no more.
     };
     struct PartialPage;
     class BusyPages;
 
-    Shard& shard_of(uint64_t page) { return shards_[page / kPagesPerLeaf % kShards]; }
+    /// The map, made by the first call.
+    DirtyMap& dirty_map();
+    /// The shards of the map as far as there is one: what is dirty, or busy, is in one of these.
+    std::span<Shard> shards() const;
+    Shard& shard_of(uint64_t page) {
+        return dirty_map().shards[page / kPagesPerLeaf % kShards];
+    }
 
     template <typename Attempt>
     Result<void> with_present_state(Attempt attempt);
@@ -189,8 +199,8 @@ class Volume : public std::enable_shared_from_this<Volume> {
     Writeback& writeback_;
     const EntityPtr entity_;
 
-    std::array<Shard, kShards> shards_;
-    std::atomic<uint64_t> dirty_entries_{0};  ///< Of `pages` and `zeros` of all shards.
+    std::atomic<DirtyMap*> dirty_map_{nullptr};  ///< Owned; once set it stays.
+    std::atomic<uint64_t> dirty_entries_{0};     ///< Of `pages` and `zeros` of all shards.
     std::atomic<uint64_t> held_slots_{0};
     std::atomic<bool> noted_dirty_{false};  ///< On the list of note_dirty().
     std::atomic<uint64_t> last_sequence_;
