@@ -1,7 +1,11 @@
+#include <atomic>
+#include <memory>
+#include <thread>
 #include <vector>
 
 #include <gtest/gtest.h>
 
+#include "base/budget.h"
 #include "base/bytes.h"
 #include "base/error.h"
 #include "base/rate_limits.h"
@@ -126,6 +130,48 @@ TEST(Errors, EveryCodeHasADistinctNameAndExitCode) {
     }
     EXPECT_EQ(Error::from_errno(ENOSPC, "pwrite x").code(), ErrorCode::kNoSpace);
     EXPECT_EQ(Error::from_errno(ENOSPC, "pwrite x").message(), "pwrite x: No space left on device");
+}
+
+TEST(Budget, SharesTakeTogetherNoMoreThanThereIs) {
+    const auto budget = std::make_shared<Budget>(5);
+    BudgetShare kept(budget);
+    {
+        BudgetShare other(budget);
+        EXPECT_TRUE(kept.resize(2));
+        EXPECT_TRUE(other.resize(3));
+        EXPECT_FALSE(kept.resize(3));
+        EXPECT_EQ(kept.held(), 2U) << "a refusal changes nothing";
+        EXPECT_TRUE(other.resize(2));
+        EXPECT_TRUE(kept.resize(3));
+        EXPECT_EQ(budget->taken(), 5U);
+    }
+    EXPECT_EQ(budget->taken(), 3U);
+    EXPECT_FALSE(kept.resize(UINT64_MAX));
+    const BudgetShare moved(std::move(kept));
+    EXPECT_EQ(budget->taken(), 3U);
+    BudgetShare unbounded(nullptr);
+    EXPECT_TRUE(unbounded.resize(UINT64_MAX));
+}
+
+TEST(Budget, ThreadsDoNotTakeMoreThanThereIs) {
+    const auto budget = std::make_shared<Budget>(3);
+    std::atomic<int> too_many = 0;
+    std::vector<std::thread> threads;
+    for (int i = 0; i < 4; ++i) {
+        threads.emplace_back([&] {
+            for (int turn = 0; turn < 20'000; ++turn) {
+                BudgetShare share(budget);
+                if (share.resize(2) && budget->taken() > budget->total()) {
+                    ++too_many;
+                }
+            }
+        });
+    }
+    for (std::thread& thread : threads) {
+        thread.join();
+    }
+    EXPECT_EQ(too_many, 0);
+    EXPECT_EQ(budget->taken(), 0U);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <csignal>
 #include <ctime>
 #include <optional>
+#include <thread>
 
 #include <fmt/format.h>
 #include <grp.h>
@@ -237,7 +238,8 @@ Result<void> serve(const DaemonConfig& config, const std::string& version, nova:
                    {.runtime_directory = config.runtime_directory,
                     .socket_gid = config.socket_gid,
                     .data_threads = static_cast<unsigned>(config.threads),
-                    .max_descriptors = max_descriptors - descriptors_without_attachments()},
+                    .descriptors = std::make_shared<Budget>(
+                        max_descriptors - descriptors_without_attachments(config.threads))},
                    log);
     Metrics metrics(pool, host, version);
     control::ControlService service(
@@ -301,7 +303,11 @@ Result<void> run_daemon(const DaemonConfig& given, const std::string& version, L
     const sigset_t set = stop_signals();
     pthread_sigmask(SIG_BLOCK, &set, nullptr);
     signal(SIGPIPE, SIG_IGN);
-    STELLARIUM_ASSIGN(const uint64_t max_descriptors, check_process_limits(read_max_map_count()));
+    if (config.threads == 0) {
+        config.threads = std::max(std::thread::hardware_concurrency(), 1U);
+    }
+    STELLARIUM_ASSIGN(const uint64_t max_descriptors,
+                      check_process_limits(read_max_map_count(), config.threads));
     // Memory of large requests goes back to the system when they are done.
     mallopt(M_MMAP_THRESHOLD, kMmapThresholdBytes);
     mallopt(M_ARENA_MAX, kMallocArenas);

@@ -747,26 +747,45 @@ TEST_F(HostTest, ASecondAttachAndAnUnknownDetachAreRefused) {
     EXPECT_TRUE(host_->attachments().empty());
 }
 
-TEST_F(HostTest, AnAttachmentBeyondTheDescriptorsIsRefused) {
-    for (const char* name : {"a", "b"}) {
+TEST_F(HostTest, AttachmentsAndGuestsBeyondTheDescriptorsAreRefused) {
+    for (const char* name : {"a", "b", "c", "d"}) {
         must(pool_->create_volume(name, kMiB));
     }
     host_->stop();
-    host_ = std::make_unique<VhostHost>(
-        *pool_,
-        VhostHostOptions{.runtime_directory = folder_.path(),
-                         .socket_gid = {},
-                         .data_threads = 1,
-                         .max_descriptors = descriptors_of_attachment(1) + 5},
-        log_);
+    host_ =
+        std::make_unique<VhostHost>(*pool_,
+                                    VhostHostOptions{.runtime_directory = folder_.path(),
+                                                     .socket_gid = {},
+                                                     .data_threads = 1,
+                                                     .descriptors = std::make_shared<Budget>(3)},
+                                    log_);
     must(host_->start());
-    must(host_->attach("a", {}));
-    const auto refused = host_->attach("b", {});
+    const std::string socket = must(host_->attach("a", {})).socket;
+    must(host_->attach("b", {}));
+    const auto status_of_a = [&] { return host_->device_status()[0]; };
+    {
+        // The third one is the connection's; there is none for a queue.
+        const auto client = must(vhost::Client::connect(socket));
+        const auto ram = must(vhost::GuestRam::create(8 * kMiB));
+        vhost::DriverQueue queue(*ram, 128, false, false);
+        must(client->negotiate(vhost::kUsualFeatures, vhost::kUsualProtocolFeatures));
+        must(client->share(*ram));
+        EXPECT_EQ(host_->attach("c", {}).error().code(), ErrorCode::kLimitExceeded);
+        std::ignore = client->start_queue(0, queue, 0);  // Need not wait for the answer.
+        while (status_of_a().forced_disconnects == 0) {
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        }
+    }
+    EXPECT_NE(status_of_a().last_fault.find("LimitNOFILE"), std::string::npos)
+        << status_of_a().last_fault;
+    // What the guest held is free again.
+    must(host_->attach("c", {}));
+    const auto refused = host_->attach("d", {});
     ASSERT_FALSE(refused);
     EXPECT_EQ(refused.error().code(), ErrorCode::kLimitExceeded);
     EXPECT_NE(refused.error().message().find("LimitNOFILE"), std::string::npos);
     must(host_->detach("a"));
-    must(host_->attach("b", {}));
+    must(host_->attach("d", {}));
 }
 
 TEST_F(HostTest, AnAttachmentThatCannotBeRestoredIsKeptAndReported) {

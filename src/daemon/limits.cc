@@ -12,8 +12,9 @@
 
 namespace stellarium::daemon {
 
-uint64_t descriptors_without_attachments() {
-    return kFixedDescriptors + nebula::kMaxOpenSegmentFiles + kMaxConnections + kMaxTcpConnections;
+uint64_t descriptors_without_attachments(uint64_t data_threads) {
+    return kFixedDescriptors + nebula::kMaxOpenSegmentFiles + kMaxConnections + kMaxTcpConnections +
+           data_threads * vhost::kMaxFdsPerMessage;
 }
 
 uint64_t mappings_needed() {
@@ -44,7 +45,7 @@ uint64_t read_max_map_count() {
     return file ? count : 0;
 }
 
-Result<uint64_t> check_process_limits(uint64_t max_map_count) {
+Result<uint64_t> check_process_limits(uint64_t max_map_count, uint64_t data_threads) {
     rlimit limit{};
     if (getrlimit(RLIMIT_NOFILE, &limit) != 0) {
         return std::unexpected(Error::from_errno(errno, "find the limit of descriptors"));
@@ -56,7 +57,8 @@ Result<uint64_t> check_process_limits(uint64_t max_map_count) {
             return std::unexpected(Error::from_errno(errno, "raise the limit of descriptors"));
         }
     }
-    if (const uint64_t needed = descriptors_without_attachments(); limit.rlim_cur < needed) {
+    if (const uint64_t needed = descriptors_without_attachments(data_threads);
+        limit.rlim_cur < needed) {
         return fail(ErrorCode::kLimitExceeded,
                     fmt::format("this process may have {} descriptors, and needs {} before any "
                                 "guest: raise the hard limit (LimitNOFILE= in the systemd unit, or "

@@ -55,19 +55,15 @@ inline constexpr uint64_t kDefaultMemoryBytes = 320 * kMiB;
 /// fifths of it are allocated at once, has `room_bytes`. Not less than kMinMemoryBytes.
 uint64_t memory_that_fits(uint64_t wanted_bytes, uint64_t room_bytes);
 
-// Descriptors. A listening socket, a connection, its channel back to the front-end and a few that a
-// message may carry for a moment; and a kick, a call and an error descriptor for each queue.
-inline constexpr uint64_t kDescriptorsOfDevice = 12;
-inline constexpr uint64_t kDescriptorsOfQueue = 3;
+/// Descriptors: a listening socket. What a guest takes is counted when it connects: two sockets,
+/// and a kick, a call and an error descriptor for each queue that it uses.
+inline constexpr uint64_t kDescriptorsOfAttachment = 1;
 /// Log, locks, superblock, index, arena, segments being written, sockets and event loops.
 inline constexpr uint64_t kFixedDescriptors = 192;
 
-/// What an attachment with so many queues takes when a guest is connected.
-constexpr uint64_t descriptors_of_attachment(uint64_t queues) {
-    return kDescriptorsOfDevice + kDescriptorsOfQueue * queues;
-}
-/// What the daemon takes without any attachment: segments open for reading, and connections.
-uint64_t descriptors_without_attachments();
+/// What the daemon takes without any attachment: segments open for reading, connections, and what
+/// each thread that serves guests receives with a message.
+uint64_t descriptors_without_attachments(uint64_t data_threads);
 
 /// Mappings that are neither footers nor guests' memory: the index, threads' stacks, libraries, and
 /// large allocations.
@@ -77,8 +73,8 @@ uint64_t mappings_needed();
 
 /// Raises the soft limit of descriptors to the hard one, and returns it. kLimitExceeded, with what
 /// to do, when that or the system's limit of mappings (`max_map_count`, as read from /proc; 0:
-/// unknown) is less than the daemon needs.
-Result<uint64_t> check_process_limits(uint64_t max_map_count);
+/// unknown) is less than the daemon needs with so many threads that serve guests.
+Result<uint64_t> check_process_limits(uint64_t max_map_count, uint64_t data_threads);
 /// What the system allows; 0: it does not say.
 uint64_t read_max_map_count();
 

@@ -63,8 +63,8 @@ std::map<std::string, std::string> limits_of_the_code() {
         {"kMaxBurstSeconds", count(kMaxBurstSeconds)},
         {"kMaxOpenSegmentFiles", count(nebula::kMaxOpenSegmentFiles)},
         {"kFixedDescriptors", count(kFixedDescriptors)},
-        {"kDescriptorsOfDevice", count(kDescriptorsOfDevice)},
-        {"kDescriptorsOfQueue", count(kDescriptorsOfQueue)},
+        {"kMaxFdsPerMessage", count(vhost::kMaxFdsPerMessage)},
+        {"kDescriptorsOfAttachment", count(kDescriptorsOfAttachment)},
         {"kMaxMappedFooters", count(nebula::kMaxMappedFooters)},
         {"kOtherMappings", count(kOtherMappings)},
     };
@@ -99,7 +99,7 @@ TEST(Limits, TooFewDescriptorsAreRefusedWithAdvice) {
         limit.rlim_cur = std::min<rlim_t>(hard, 256);
         limit.rlim_max = hard;
         setrlimit(RLIMIT_NOFILE, &limit);
-        return check_process_limits(0);
+        return check_process_limits(0, 1);
     };
     // In processes of their own: a hard limit cannot be taken back.
     EXPECT_EXIT(
@@ -109,17 +109,17 @@ TEST(Limits, TooFewDescriptorsAreRefusedWithAdvice) {
             std::_Exit(few ? 1 : 0);
         },
         testing::ExitedWithCode(0), "512 descriptors.*LimitNOFILE");
-    const rlim_t enough = descriptors_without_attachments();
+    const rlim_t enough = descriptors_without_attachments(1);
     EXPECT_EXIT(std::_Exit(with_limit(enough).value_or(0) == enough ? 0 : 1),
                 testing::ExitedWithCode(0), "");
 }
 
 TEST(Limits, TooFewMappingsAreRefusedWithAdvice) {
-    const auto few = check_process_limits(1000);
+    const auto few = check_process_limits(1000, 1);
     ASSERT_FALSE(few);
     EXPECT_EQ(few.error().code(), ErrorCode::kLimitExceeded);
     EXPECT_NE(few.error().message().find("vm.max_map_count"), std::string::npos);
-    EXPECT_TRUE(check_process_limits(65'530)) << "the usual value is enough";
+    EXPECT_TRUE(check_process_limits(65'530, 1)) << "the usual value is enough";
 }
 
 }  // namespace

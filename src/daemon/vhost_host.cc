@@ -42,6 +42,7 @@ Result<void> VhostHost::start() {
     STELLARIUM_TRY(control::make_private_directory(directory, options_.socket_gid));
     vhost::ServerOptions server_options;
     server_options.data_threads = options_.data_threads;
+    server_options.descriptors = options_.descriptors;
     server_options.logger = [this](vhost::LogLevel level, std::string_view device,
                                    std::string_view message) {
         const std::initializer_list<LogField> fields = {{"device", std::string(device)},
@@ -131,17 +132,14 @@ Result<void> VhostHost::serve(uint64_t id, std::string_view source, Entry& entry
                                                          .label = label_of(entry),
                                                          .serial = entry.options.serial,
                                                          .id = id}));
-    const uint64_t needed = descriptors_of_attachment(entry.options.queues);
-    if (const uint64_t before = descriptors_->fetch_add(needed);
-        needed > options_.max_descriptors || before > options_.max_descriptors - needed) {
-        descriptors_->fetch_sub(needed);
-        return fail(
-            ErrorCode::kLimitExceeded,
-            fmt::format("attaching '{}' may take {} descriptors, and all but {} of this "
-                        "process are spoken for: give the daemon more (LimitNOFILE= in the "
-                        "systemd unit, ulimit -Hn), or detach others",
-                        source, needed,
-                        options_.max_descriptors - std::min(before, options_.max_descriptors)));
+    BudgetShare descriptors(options_.descriptors);
+    if (!descriptors.resize(kDescriptorsOfAttachment)) {
+        return fail(ErrorCode::kLimitExceeded,
+                    fmt::format("'{}' cannot be attached: attachments and guests take all {} "
+                                "descriptors that this process may have for them; give the daemon "
+                                "more (LimitNOFILE= in the systemd unit, ulimit -Hn), or detach "
+                                "others",
+                                source, options_.descriptors->total()));
     }
     vhost::AttachOptions options;
     options.socket_path = entry.socket;
@@ -156,9 +154,10 @@ Result<void> VhostHost::serve(uint64_t id, std::string_view source, Entry& entry
     entry.released = released->get_future().share();
     const std::shared_ptr<BlockDevice> lent(
         device.get(),
-        [inner = device, released, needed, count = descriptors_](BlockDevice*) mutable {
+        [inner = device, released,
+         held = std::make_shared<BudgetShare>(std::move(descriptors))](BlockDevice*) mutable {
             inner.reset();
-            count->fetch_sub(needed);
+            held.reset();
             released->set_value();
         });
     STELLARIUM_TRY(server_->attach(device_name(id), lent, options));

@@ -12,7 +12,6 @@
 // Thread rule: any thread, except start() and stop().
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <future>
 #include <map>
@@ -23,6 +22,7 @@
 
 #include <sys/types.h>
 
+#include "base/budget.h"
 #include "control/attachment.h"
 #include "daemon/log.h"
 #include "frontend/vhost/server.h"
@@ -34,8 +34,9 @@ struct VhostHostOptions {
     std::string runtime_directory;
     std::optional<gid_t> socket_gid;  ///< May connect to the guests' sockets too.
     unsigned data_threads = 0;
-    /// For attachments and their guests' connections; one that would need more is refused.
-    uint64_t max_descriptors = UINT64_MAX;
+    /// Descriptors for attachments and their guests; one that would need more is refused. Shared
+    /// with other frontends. Empty: no bound.
+    std::shared_ptr<Budget> descriptors{};
 };
 
 class VhostHost final : public control::AttachmentHost {
@@ -91,9 +92,6 @@ class VhostHost final : public control::AttachmentHost {
     VhostHostOptions options_;
     Log& log_;
     std::unique_ptr<vhost::VhostServer> server_;
-    /// Descriptors that attachments need. Shared with what tells that a device was released.
-    std::shared_ptr<std::atomic<uint64_t>> descriptors_ =
-        std::make_shared<std::atomic<uint64_t>>(0);
     mutable std::mutex mutex_;
     std::map<uint64_t, Entry> entries_;  ///< By entity id. Guarded by mutex_.
 };

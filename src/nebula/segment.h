@@ -42,7 +42,7 @@
 namespace stellarium::nebula {
 
 /// Open segment files kept for reading; the process has 20,000 descriptors in all.
-inline constexpr size_t kMaxOpenSegmentFiles = 4096;
+inline constexpr size_t kMaxOpenSegmentFiles = 2048;
 /// Footers kept mapped; a process has 65,530 mappings in all.
 inline constexpr size_t kMaxMappedFooters = 16384;
 /// One read for checking covers at most this much, and the chunks that it cuts through.

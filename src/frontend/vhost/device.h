@@ -10,6 +10,7 @@
 #include <string>
 
 #include "base/block_device.h"
+#include "base/budget.h"
 #include "frontend/vhost/limits.h"
 #include "frontend/vhost/listener.h"
 #include "frontend/vhost/server.h"
@@ -50,6 +51,7 @@ struct Device : std::enable_shared_from_this<Device> {
     std::string serial;
     bool read_only = false;
     Logger logger;
+    std::shared_ptr<Budget> descriptors;  ///< Empty: no bound.
     Worker* worker = nullptr;
     BlockingPool* pool = nullptr;
 

@@ -115,6 +115,7 @@ std::string_view request_kind_name(RequestKind kind) {
 
 struct VhostServer::Impl {
     Logger logger;
+    std::shared_ptr<Budget> descriptors;
     std::vector<std::unique_ptr<Worker>> workers;
     std::unique_ptr<Watchdog> watchdog;
     std::unique_ptr<BlockingPool> pool;
@@ -141,6 +142,7 @@ Result<std::unique_ptr<VhostServer>> VhostServer::create(ServerOptions options) 
     install_fault_guard();
     auto impl = std::make_unique<Impl>();
     impl->logger = std::move(options.logger);
+    impl->descriptors = std::move(options.descriptors);
     unsigned threads = options.data_threads != 0
                            ? options.data_threads
                            : std::max(std::thread::hardware_concurrency(), 1U);
@@ -168,6 +170,7 @@ Result<void> VhostServer::attach(std::string name, std::shared_ptr<BlockDevice> 
     device->serial.resize(std::min(device->serial.size(), kSerialBytes));
     device->read_only = options.read_only || disk->read_only();
     device->logger = impl_->logger;
+    device->descriptors = impl_->descriptors;
     device->pool = impl_->pool.get();
     device->disk = std::move(disk);
 

@@ -32,6 +32,7 @@
 #include <vector>
 
 #include "base/block_device.h"
+#include "base/budget.h"
 #include "base/error.h"
 #include "base/rate_limits.h"
 #include "frontend/vhost/request.h"
@@ -46,6 +47,10 @@ struct ServerOptions {
     unsigned data_threads = 0;  ///< 0: one for each processor.
     unsigned blocking_threads = 4;
     Logger logger = {};  ///< Empty: nothing is logged.
+    /// For what connected front-ends take: their sockets, and the descriptors that they send. One
+    /// that would need more is disconnected. Empty: no bound. Beside it each data thread may hold
+    /// kMaxFdsPerMessage for a moment.
+    std::shared_ptr<Budget> descriptors = {};
     /// Nanoseconds of a clock that does not go back, for limits of rate; called from any data
     /// thread. Empty: the system's. For tests.
     std::function<uint64_t()> clock = {};

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstring>
+#include <tuple>
 
 #include <fcntl.h>
 #include <fmt/core.h>
@@ -177,6 +178,7 @@ Session::Session(std::shared_ptr<Device> device, UniqueFd socket)
     : device_(std::move(device)),
       worker_(*device_->worker),
       socket_(std::move(socket)),
+      descriptors_(device_->descriptors),
       memory_(std::make_shared<GuestMemory>()),
       queues_(device_->options.queues) {
     socket_source_ = EventSource{EventSource::Kind::kSocket, this, 0};
@@ -186,6 +188,7 @@ Session::Session(std::shared_ptr<Device> device, UniqueFd socket)
 }
 
 Result<void> Session::open() {
+    STELLARIUM_TRY(account_descriptors());
     return worker_.watch(socket_.get(), EPOLLIN, socket_source_);
 }
 
@@ -206,6 +209,9 @@ void Session::on_socket() {
             return;
         }
         if (*outcome == MessageReader::Outcome::kIncomplete) {
+            if (Result<void> counted = account_descriptors(); !counted) {
+                break_off(counted.error());
+            }
             return;
         }
         if (*outcome == MessageReader::Outcome::kClosed) {
@@ -248,6 +254,9 @@ void Session::handle(Message& message) {
     if (closed_ || pending_.active) {
         return;
     }
+    if (result) {
+        result = account_descriptors();
+    }
     bool wants_ack = (flags & kFlagNeedReply) != 0 && has(ProtocolFeature::kReplyAck);
     if (wants_ack && !replied_) {
         U64Le answer = result && !refused_ ? 0 : 1;
@@ -263,6 +272,26 @@ void Session::handle(Message& message) {
 Result<void> Session::reply(const Message& message, Bytes payload, std::span<const int> fds) {
     replied_ = true;
     return send_message(socket_.get(), message.header.type, kFlagReply, payload, fds);
+}
+
+Result<void> Session::account_descriptors() {
+    uint64_t held = reader_.held_descriptors();
+    for (const UniqueFd* fd : {&socket_, &backend_channel_}) {
+        held += *fd ? 1 : 0;
+    }
+    for (const Queue& queue : queues_) {
+        for (const EventFd* event : {&queue.kick, &queue.call, &queue.error}) {
+            held += event->fd ? 1 : 0;
+        }
+    }
+    if (!descriptors_.resize(held)) {
+        return fail(ErrorCode::kLimitExceeded,
+                    fmt::format("it needs {} descriptors, and this process has none left for "
+                                "guests: give the daemon more (LimitNOFILE= in the systemd unit, "
+                                "ulimit -Hn)",
+                                held));
+    }
+    return {};
 }
 
 void Session::break_off(const Error& error) {
@@ -300,6 +329,8 @@ void Session::close(std::string_view reason) {
         queue.call = {};
         queue.error = {};
     }
+    reader_ = {};
+    std::ignore = descriptors_.resize(0);  // Less is always possible.
     device_->connected.store(false);
     device_->peer_pid.store(0);
     worker_.keep_until_end_of_turn(shared_from_this());

@@ -29,6 +29,7 @@
 #include <string_view>
 #include <vector>
 
+#include "base/budget.h"
 #include "base/error.h"
 #include "frontend/vhost/device.h"
 #include "frontend/vhost/guest_memory.h"
@@ -174,6 +175,8 @@ class Session : public std::enable_shared_from_this<Session> {
     /// Writes must be durable before they complete.
     bool write_through() const;
 
+    /// Takes for what it holds now from the device's budget. kLimitExceeded.
+    Result<void> account_descriptors();
     void break_off(const Error& error);
     void close(std::string_view reason);
     void close_drained();
@@ -187,6 +190,7 @@ class Session : public std::enable_shared_from_this<Session> {
     EventSource socket_source_;
     MessageReader reader_;
     UniqueFd backend_channel_;
+    BudgetShare descriptors_;
 
     uint64_t features_ = 0;
     uint64_t protocol_features_ = 0;

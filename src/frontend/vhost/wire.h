@@ -30,6 +30,8 @@ class MessageReader {
     /// peer is gone, possibly in the middle of a message. Errors: kProtocol (payload too large, too
     /// many descriptors), kIo.
     Result<Outcome> read(int socket, Message& out);
+    /// That came with a message which is not complete yet.
+    size_t held_descriptors() const { return fds_.size(); }
 
   private:
     MessageHeader header_;
