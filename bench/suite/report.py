@@ -1,4 +1,5 @@
 """The report of a run: report.json, report.md, and a plot (SVG) for each scenario."""
+import datetime
 import json
 import os
 import platform
@@ -45,6 +46,17 @@ def machine():
             "memory_gib": round(memory_kib / (1 << 20), 1), "kernel": platform.release()}
 
 
+def moment(root):
+    """Today, and the commit that is checked out at `root`, where git knows it."""
+    today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    try:
+        commit = subprocess.run(["git", "-C", root, "rev-parse", "--short=12", "HEAD"],
+                                capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return today
+    return f"{today}, commit {commit}"
+
+
 def versions():
     return {name: first_line(words) for name, words in TOOLS.items()}
 
@@ -84,6 +96,8 @@ def section(result):
         return lines
     if result["note"]:
         lines += [result["note"], ""]
+    if "measured" in result:
+        lines += [f"Measured on {result['measured']}.", ""]
     lines += ["| | median | smallest … largest |", "| --- | --- | --- |"]
     for name, figures in result["figures"].items():
         unit = figures["unit"]

@@ -3,6 +3,7 @@
 
     make bench                                     # all of it; report in build/bench
     bench/suite/run.py --only 'random|export'      # some scenarios
+    bench/suite/run.py --only export --update      # the same, in the report that is there
     bench/suite/run.py --smoke                     # small and short, fails far beyond a target
     bench/suite/run.py --list
 
@@ -11,6 +12,7 @@ out and named. Exit status 1 if a scenario failed, or, with --smoke, if a figure
 times beyond its target, and still is as the median of three rounds.
 """
 import argparse
+import json
 import re
 import resource
 import shlex
@@ -82,7 +84,7 @@ def measure(arguments, names):
     try:
         for name in names:
             begin = time.monotonic()
-            entry = {"name": name}
+            entry = {"name": name, "measured": report.moment(ROOT)}
             entries.append(entry)
             try:
                 result = measure_one(name, arguments, work, say)
@@ -107,9 +109,21 @@ def measure(arguments, names):
     return entries, results
 
 
+def with_earlier(entries, folder):
+    """The scenarios of the report in `folder`, those of `entries` in place of what they were."""
+    path = folder / "report.json"
+    if not path.exists():
+        return entries
+    measured = {entry["name"]: entry for entry in entries}
+    earlier = {entry["name"]: entry for entry in json.loads(path.read_text("utf-8"))["results"]}
+    return [measured.get(name, earlier.get(name)) for name in SCENARIOS
+            if name in measured or name in earlier]
+
+
 def command_line(arguments):
     words = ["bench/suite/run.py", "--rounds", str(arguments.rounds)]
     words += ["--smoke"] if arguments.smoke else []
+    words += ["--update"] if arguments.update else []
     words += ["--only", arguments.only] if arguments.only else []
     return shlex.join(words)
 
@@ -141,6 +155,8 @@ def main():
                         help="folder with the built programs (default build/release)")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench",
                         help="folder for the report (default build/bench)")
+    parser.add_argument("--update", action="store_true",
+                        help="keep what the report in that folder says of other scenarios")
     parser.add_argument("--list", action="store_true", help="print the names of the scenarios")
     arguments = parser.parse_args()
     arguments.build = arguments.build.resolve()
@@ -168,7 +184,8 @@ def main():
     entries, results = measure(arguments, names)
     run = {"command": command_line(arguments), "rounds": arguments.rounds, "smoke": arguments.smoke,
            "seconds": time.monotonic() - begin, "machine": report.machine(),
-           "versions": report.versions(), "results": entries}
+           "versions": report.versions(),
+           "results": with_earlier(entries, arguments.out) if arguments.update else entries}
     report.write(run, arguments.out)
 
     far = print_verdicts(results, arguments.smoke)
