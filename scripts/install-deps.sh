@@ -22,7 +22,7 @@ SETS[build]="
 SETS[test]="
     qemu-utils qemu-system-common qemu-system-x86 user-mode-linux
     mmdebstrap uidmap fakeroot e2fsprogs busybox-static cpio kmod zstd xz-utils python3 python3-yaml
-    b3sum procps util-linux dpkg-dev jq curl"
+    b3sum procps util-linux dpkg-dev jq curl libnbd-bin fio"
 
 SETS[lint]="clang-19 clang-tidy-19 clang-format-19 shellcheck python3"
 

@@ -26,6 +26,10 @@ std::vector<std::string> apply_settings(const control::Json& settings, DaemonCon
     take_text("store", config.store);
     take_text("socket", config.socket);
     take_text("runtime_dir", config.runtime_directory);
+    if (const auto nbd = reader.optional_bool("nbd")) {
+        config.nbd = *nbd;
+    }
+    take_text("nbd_socket", config.nbd_socket);
     take_text("socket_group", config.socket_group);
     take_text("user", config.user);
     take_text("metrics_listen", config.metrics_listen);
@@ -121,6 +125,9 @@ std::vector<std::string> apply_settings(const control::Json& settings, DaemonCon
 
 namespace {
 
+/// A dot and the longest process id.
+constexpr size_t kPidSuffixBytes = 11;
+
 /// Whom --user names. Only root can become somebody else.
 Result<std::optional<ServiceUser>> find_user(const std::string& name) {
     passwd entry{};
@@ -175,6 +182,22 @@ std::vector<std::string> finish_config(DaemonConfig& config) {
                         "of sockets: {}",
                         config.runtime_directory.size(), control::kMaxSocketPathBytes - 32,
                         config.runtime_directory));
+    }
+    if (config.nbd_socket.empty() && config.nbd) {
+        config.nbd_socket = config.runtime_directory + "/nbd.sock";
+    }
+    if (!config.nbd_socket.empty()) {
+        config.nbd_socket = control::real_path(config.nbd_socket);
+        // It is made beside its place, under its name and our pid.
+        if (config.nbd_socket.size() > control::kMaxSocketPathBytes - kPidSuffixBytes) {
+            complaints.push_back(
+                fmt::format("'nbd_socket' is {} bytes long, and may have at most {}: {}",
+                            config.nbd_socket.size(),
+                            control::kMaxSocketPathBytes - kPidSuffixBytes, config.nbd_socket));
+        }
+        if (config.nbd_socket == config.socket) {
+            complaints.push_back("'nbd_socket' and 'socket' are the same: " + config.socket);
+        }
     }
     if (!config.socket_group.empty()) {
         group entry{};

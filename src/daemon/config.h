@@ -38,6 +38,8 @@ struct DaemonConfig {
     std::string store;              ///< "": the default store.
     std::string socket;             ///< "": in the runtime directory.
     std::string runtime_directory;  ///< "": derived from the store.
+    bool nbd = false;               ///< Images, volumes and snapshots are served by NBD, too.
+    std::string nbd_socket;         ///< "": in the runtime directory, if `nbd`.
     std::string metrics_listen;     ///< HOST:PORT; "": metrics on the control socket only.
     std::string socket_group;       ///< "": sockets are for the daemon's own user.
     std::optional<gid_t> socket_gid;

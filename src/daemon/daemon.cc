@@ -22,6 +22,7 @@
 #include "daemon/http_server.h"
 #include "daemon/limits.h"
 #include "daemon/metrics.h"
+#include "daemon/nbd_host.h"
 #include "daemon/sandbox.h"
 #include "daemon/vhost_host.h"
 #include "io/posix.h"
@@ -142,6 +143,7 @@ Result<Confinement> confine_to_files_of(const DaemonConfig& config) {
     ReachableFiles reachable{.store = config.store,
                              .runtime = config.runtime_directory,
                              .socket = config.socket,
+                             .nbd_socket = config.nbd_socket,
                              .tcp_port = {}};
     if (!config.metrics_listen.empty()) {
         STELLARIUM_ASSIGN(const auto host_port, parse_host_port(config.metrics_listen));
@@ -234,14 +236,30 @@ void set_status(const std::string& status) {
 Result<void> serve(const DaemonConfig& config, const std::string& version, nova::Pool& pool,
                    io::FileSystem& files, const Confinement& reach, uint64_t max_descriptors,
                    Log& log) {
+    std::optional<NbdHost> nbd;
+    uint64_t descriptors = descriptors_without_attachments(config.threads);
+    if (!config.nbd_socket.empty()) {
+        descriptors += kNbdDescriptors;
+        if (descriptors > max_descriptors) {
+            return fail(ErrorCode::kLimitExceeded,
+                        fmt::format("this process may have {} descriptors, and needs {} with NBD: "
+                                    "raise the hard limit (LimitNOFILE= in the systemd unit, or "
+                                    "ulimit -Hn as root), or leave --nbd away",
+                                    max_descriptors, descriptors));
+        }
+        nbd.emplace(pool,
+                    NbdHostOptions{.socket_path = config.nbd_socket,
+                                   .socket_gid = config.socket_gid,
+                                   .threads = static_cast<unsigned>(config.threads)},
+                    log);
+    }
     VhostHost host(pool,
                    {.runtime_directory = config.runtime_directory,
                     .socket_gid = config.socket_gid,
                     .data_threads = static_cast<unsigned>(config.threads),
-                    .descriptors = std::make_shared<Budget>(
-                        max_descriptors - descriptors_without_attachments(config.threads))},
+                    .descriptors = std::make_shared<Budget>(max_descriptors - descriptors)},
                    log);
-    Metrics metrics(pool, host, version);
+    Metrics metrics(pool, host, nbd ? &*nbd : nullptr, version);
     control::ControlService service(
         pool,
         {.host = &host, .version = version, .directory = config.store, .socket = config.socket});
@@ -250,6 +268,9 @@ Result<void> serve(const DaemonConfig& config, const std::string& version, nova:
     HttpServer server({.max_held_bytes = held_bytes_of(config.memory_bytes)});
 
     STELLARIUM_TRY(host.start());
+    if (nbd) {
+        STELLARIUM_TRY(nbd->start());
+    }
     STELLARIUM_TRY(server.listen_unix(config.socket, {.group = config.socket_gid}, handler));
     if (!config.metrics_listen.empty()) {
         STELLARIUM_ASSIGN(const uint16_t port,
@@ -285,12 +306,18 @@ Result<void> serve(const DaemonConfig& config, const std::string& version, nova:
     // their pause is short where another daemon follows.
     set_status("checkpointing");
     host.flush();
+    if (nbd) {
+        nbd->flush();
+    }
     if (!pool.read_only_reason()) {
         if (const Result<void> result = pool.checkpoint(); !result) {
             log.error("checkpoint failed", {{"message", result.error().message()}});
         }
     }
     set_status("flushing guests' writes");
+    if (nbd) {
+        nbd->stop();
+    }
     host.stop();
     return {};
 }

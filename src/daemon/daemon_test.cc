@@ -839,7 +839,7 @@ TEST_F(HostTest, MetricsNameEachDevice) {
     Guest guest(attached.socket);
     guest.write(0, random_bytes(8192, 5));
     guest.flush();
-    Metrics metrics(*pool_, *host_, "1.2.3");
+    Metrics metrics(*pool_, *host_, nullptr, "1.2.3");
     metrics.observe_request("GET", 200, 0.01);
     metrics.observe_request("BREW\"\n", 400, 0.01);
     const std::string page = metrics.text();

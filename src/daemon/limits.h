@@ -1,5 +1,6 @@
 // Every bound of the daemon itself, and what it needs of the system. Those of the parts are in
-// frontend/vhost/limits.h and nova/limits.h; docs/internals/limits.md adds all of them up.
+// frontend/vhost/limits.h, frontend/nbd/limits.h and nova/limits.h; docs/internals/limits.md adds
+// all of them up.
 //
 // Thread rule: constants and pure functions.
 #pragma once
@@ -9,6 +10,7 @@
 
 #include "base/error.h"
 #include "base/units.h"
+#include "frontend/nbd/limits.h"
 
 namespace stellarium::daemon {
 
@@ -61,6 +63,9 @@ inline constexpr uint64_t kDescriptorsOfAttachment = 1;
 /// Log, locks, superblock, index, arena, segments being written, sockets and event loops.
 inline constexpr uint64_t kFixedDescriptors = 192;
 
+/// What NBD takes where it is served: a connection for each client, and the socket and the event
+/// loops (three each).
+inline constexpr uint64_t kNbdDescriptors = nbd::kMaxClients + 1 + uint64_t{nbd::kMaxThreads} * 3;
 /// What the daemon takes without any attachment: segments open for reading, connections, and what
 /// each thread that serves guests receives with a message.
 uint64_t descriptors_without_attachments(uint64_t data_threads);

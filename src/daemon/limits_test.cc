@@ -13,6 +13,7 @@
 #include "base/rate_limits.h"
 #include "base/units.h"
 #include "control/service.h"
+#include "frontend/nbd/limits.h"
 #include "frontend/vhost/limits.h"
 #include "nebula/segment.h"
 #include "nova/limits.h"
@@ -65,6 +66,20 @@ std::map<std::string, std::string> limits_of_the_code() {
         {"kFixedDescriptors", count(kFixedDescriptors)},
         {"kMaxFdsPerMessage", count(vhost::kMaxFdsPerMessage)},
         {"kDescriptorsOfAttachment", count(kDescriptorsOfAttachment)},
+        {"kNbdDescriptors", count(kNbdDescriptors)},
+        {"kMaxClients", count(nbd::kMaxClients)},
+        {"kInputBytes", bytes(nbd::kInputBytes)},
+        {"kReservedBytes", bytes(nbd::kReservedBytes)},
+        {"kMaxClientBytes", bytes(nbd::kMaxClientBytes)},
+        {"kSharedBytes", bytes(nbd::kSharedBytes)},
+        {"kMaxClientRequests", count(nbd::kMaxClientRequests)},
+        {"kMaxTransferBytes", bytes(nbd::kMaxTransferBytes)},
+        {"kMaxUnfragmentedBytes", bytes(nbd::kMaxUnfragmentedBytes)},
+        {"kMaxStatusExtents", count(nbd::kMaxStatusExtents)},
+        {"kMaxOptionBytes", bytes(nbd::kMaxOptionBytes)},
+        {"kListPage", count(nbd::kListPage)},
+        {"kHandshakeTimeout", count(static_cast<uint64_t>(nbd::kHandshakeTimeout.count()) / 1000)},
+        {"kStallTimeout", count(static_cast<uint64_t>(nbd::kStallTimeout.count()) / 1000)},
         {"kMaxMappedFooters", count(nebula::kMaxMappedFooters)},
         {"kOtherMappings", count(kOtherMappings)},
     };

@@ -100,7 +100,12 @@ int run(int argc, char** argv) {
     text_option("--socket", "socket",
                 "control socket (default: control.sock in the runtime directory)", "PATH");
     text_option("--socket-group", "socket_group",
-                "members of this group may use the control socket and guests' sockets", "GROUP");
+                "members of this group may use the control socket, guests' sockets and that of NBD",
+                "GROUP");
+    app.add_flag_function(
+        "--nbd", [&given](int64_t) { given["nbd"] = true; },
+        "serve images, volumes and snapshots by NBD too, on nbd.sock in the runtime directory");
+    text_option("--nbd-socket", "nbd_socket", "the same, on this socket", "PATH");
     text_option("--user", "user",
                 "become this user, when started by root; the store must be theirs", "NAME");
     text_option(

@@ -226,14 +226,39 @@ void add_devices(Page& page, const VhostHost& host) {
     });
 }
 
+void add_nbd(Page& page, const NbdHost& host) {
+    const nbd::ServerStatus status = host.status();
+    page.gauge("stellarium_nbd_clients", "NBD clients that are connected.", real(status.clients));
+    page.counter("stellarium_nbd_connections_total", "NBD clients that ever connected.",
+                 status.connections);
+    page.counter("stellarium_nbd_forced_disconnects_total",
+                 "NBD clients disconnected for breaking the protocol or taking too long.",
+                 status.forced_disconnects);
+    const auto each = [&](const char* name, const char* help, auto value) {
+        page.start(name, help, MetricType::Counter);
+        for (size_t kind = 0; kind < nbd::kCommandKinds; ++kind) {
+            page.sample({{"request", std::string(nbd::command_name(kind))}},
+                        real(value(status.totals[kind])));
+        }
+    };
+    each("stellarium_nbd_requests_total", "Requests of NBD clients.",
+         [](const nbd::CommandTotals& totals) { return totals.requests; });
+    each("stellarium_nbd_bytes_total", "Bytes that those asked for, where they succeeded.",
+         [](const nbd::CommandTotals& totals) { return totals.bytes; });
+    each("stellarium_nbd_errors_total", "Those answered with an error.",
+         [](const nbd::CommandTotals& totals) { return totals.errors; });
+}
+
 }  // namespace
 
 struct Metrics::Impl {
-    Impl(const nova::Pool& pool_in, const VhostHost& host_in, std::string version_in)
-        : pool(pool_in), host(host_in), version(std::move(version_in)) {}
+    Impl(const nova::Pool& pool_in, const VhostHost& host_in, const NbdHost* nbd_in,
+         std::string version_in)
+        : pool(pool_in), host(host_in), nbd(nbd_in), version(std::move(version_in)) {}
 
     const nova::Pool& pool;
     const VhostHost& host;
+    const NbdHost* nbd;
     std::string version;
     prometheus::Registry registry;
     prometheus::Family<prometheus::Histogram>& requests =
@@ -243,8 +268,9 @@ struct Metrics::Impl {
             .Register(registry);
 };
 
-Metrics::Metrics(const nova::Pool& pool, const VhostHost& host, std::string version)
-    : impl_(std::make_unique<Impl>(pool, host, std::move(version))) {}
+Metrics::Metrics(const nova::Pool& pool, const VhostHost& host, const NbdHost* nbd,
+                 std::string version)
+    : impl_(std::make_unique<Impl>(pool, host, nbd, std::move(version))) {}
 
 Metrics::~Metrics() = default;
 
@@ -268,6 +294,9 @@ std::string Metrics::text() const {
     add_collections(page, stats);
     add_scrubs(page, stats);
     add_devices(page, impl_->host);
+    if (impl_->nbd != nullptr) {
+        add_nbd(page, *impl_->nbd);
+    }
     std::vector<MetricFamily> families = page.take();
     for (MetricFamily& family : impl_->registry.Collect()) {
         families.push_back(std::move(family));

@@ -1,4 +1,5 @@
-// What Prometheus reads: the store, the volumes, every served device, the control requests.
+// What Prometheus reads: the store, the volumes, every served device, NBD, the
+// control requests.
 //
 // Names are stable: stellarium_<what>_<unit>[_total]. Store and pool figures are taken when asked;
 // nothing is sampled in the background.
@@ -14,6 +15,7 @@
 #include <string>
 #include <string_view>
 
+#include "daemon/nbd_host.h"
 #include "daemon/vhost_host.h"
 #include "nova/pool.h"
 
@@ -21,8 +23,8 @@ namespace stellarium::daemon {
 
 class Metrics {
   public:
-    /// Borrows pool and host.
-    Metrics(const nova::Pool& pool, const VhostHost& host, std::string version);
+    /// Borrows pool and hosts; `nbd` may be null.
+    Metrics(const nova::Pool& pool, const VhostHost& host, const NbdHost* nbd, std::string version);
     ~Metrics();
 
     void observe_request(std::string_view method, int status, double seconds);

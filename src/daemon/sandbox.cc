@@ -330,10 +330,12 @@ Result<Confinement> confine_files(SandboxMode mode, const ReachableFiles& reacha
     STELLARIUM_TRY(ruleset.allow_below(reachable.store, kStoreAccess));
     STELLARIUM_TRY(
         ruleset.allow_below(reachable.runtime, kStoreAccess | LANDLOCK_ACCESS_FS_MAKE_SOCK));
-    if (!reachable.socket.empty() && !lies_in(reachable.socket, reachable.runtime)) {
-        STELLARIUM_TRY(
-            ruleset.allow_below(std::filesystem::path(reachable.socket).parent_path().string(),
-                                LANDLOCK_ACCESS_FS_REMOVE_FILE | LANDLOCK_ACCESS_FS_MAKE_SOCK));
+    for (const std::string& socket : {reachable.socket, reachable.nbd_socket}) {
+        if (!socket.empty() && !lies_in(socket, reachable.runtime)) {
+            STELLARIUM_TRY(
+                ruleset.allow_below(std::filesystem::path(socket).parent_path().string(),
+                                    LANDLOCK_ACCESS_FS_REMOVE_FILE | LANDLOCK_ACCESS_FS_MAKE_SOCK));
+        }
     }
     for (const char* const path : kReadable) {
         if (access(path, R_OK) == 0) {

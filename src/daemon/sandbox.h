@@ -59,6 +59,7 @@ struct ReachableFiles {
     /// Socket file in another folder: what lies in that folder may be removed, for the file goes
     /// when the daemon stops. "" for none.
     std::string socket;
+    std::string nbd_socket;            ///< The same for another one.
     std::optional<uint16_t> tcp_port;  ///< May be bound; 0 for any.
 };
 

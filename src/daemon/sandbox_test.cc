@@ -82,7 +82,11 @@ class SandboxTest : public testing::Test {
     void TearDown() override { std::filesystem::remove_all(base_); }
 
     ReachableFiles reachable() const {
-        return {.store = base_ + "/store", .runtime = base_ + "/run", .socket = {}, .tcp_port = {}};
+        return {.store = base_ + "/store",
+                .runtime = base_ + "/run",
+                .socket = {},
+                .nbd_socket = {},
+                .tcp_port = {}};
     }
     void confine(SandboxMode mode) const {
         CONFINED_EXPECT(confine_files(mode, reachable()).has_value());

@@ -108,6 +108,13 @@ class FileDisk:
     read_only: bool = False
 
 
+@dataclass
+class NbdDisk:
+    """An export of an NBD server on a unix socket."""
+    socket: str
+    export: str
+
+
 class Guest:
     """A running guest: its process, and its console as text. Made by QemuGuest and UmlGuest."""
 
@@ -302,6 +309,11 @@ class QemuGuest(Guest):
                 command += ["-chardev", f"socket,id=disk{index},path={each.socket}{reconnect}",
                             "-device", f"vhost-user-blk-pci,chardev=disk{index},"
                                        f"num-queues={each.queues}"]
+            elif isinstance(each, NbdDisk):
+                command += ["-drive", f"if=none,id=disk{index},format=raw,discard=unmap,file.driver=nbd,"
+                                      f"file.server.type=unix,file.server.path={each.socket},"
+                                      f"file.export={each.export}",
+                            "-device", f"virtio-blk-pci,drive=disk{index}"]
             else:
                 read_only = ",read-only=on" if each.read_only else ""
                 command += ["-drive", f"if=none,id=disk{index},format=raw,file={each.path}{read_only}",
