@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cassert>
 
+#include <absl/container/flat_hash_set.h>
 #include <fmt/format.h>
 
 #include "nova/format.h"
@@ -283,6 +284,22 @@ ArenaRecord Catalog::arena() const {
     return arena_;
 }
 
+Hash256 Catalog::origin(const Entity& entity) const {
+    const std::shared_lock lock(mutex_);
+    return entity.origin_;
+}
+
+std::optional<Pieces> Catalog::boot(const Hash256& root) const {
+    const std::shared_lock lock(mutex_);
+    const auto found = boots_.find(root);
+    return found == boots_.end() ? std::nullopt : std::optional(found->second);
+}
+
+std::vector<std::pair<Hash256, Pieces>> Catalog::boots() const {
+    const std::shared_lock lock(mutex_);
+    return {boots_.begin(), boots_.end()};
+}
+
 Catalog::DeadEstimate Catalog::dead_estimate() const {
     return {.bytes = dead_bytes_, .unknown_entities = dead_entities_};
 }
@@ -333,6 +350,8 @@ Result<void> Catalog::apply(uint16_t kind, Bytes payload,
             return decoded(static_cast<FoldRecord*>(nullptr));
         case RecordKind::kArena:
             return decoded(static_cast<ArenaRecord*>(nullptr));
+        case RecordKind::kBoot:
+            return decoded(static_cast<BootRecord*>(nullptr));
     }
     return fail(ErrorCode::kUnsupported,
                 fmt::format("the log holds a record of kind {:#06x}, which this version does not "
@@ -419,6 +438,9 @@ Result<void> Catalog::apply_record(const CreateRecord& record) {
     entity->publish(state);
     entity->own_bytes = record.data_bytes;
     const std::lock_guard lock(mutex_);
+    if (record.kind == EntityKind::kImage) {
+        entity->origin_ = record.root.id;
+    }
     STELLARIUM_TRY(insert_locked(entity, record.name));
     imported_bytes_ += record.data_bytes;
     return {};
@@ -442,6 +464,7 @@ Result<void> Catalog::apply_record(const CloneRecord& record) {
             std::make_shared<Entity>(id++, EntityKind::kVolume, record.source, record.created_ns);
         VolumeState copy = state;
         entity->publish(copy);
+        entity->origin_ = source->origin_;
         STELLARIUM_TRY(insert_locked(entity, name));
     }
     return {};
@@ -454,6 +477,7 @@ Result<void> Catalog::apply_record(const SnapshotRecord& record) {
     VolumeState state = volume->state();
     entity->publish(state);
     const std::lock_guard lock(mutex_);
+    entity->origin_ = volume->origin_;
     STELLARIUM_TRY(insert_locked(entity, record.name));
     ++volume->snapshots_;
     return {};
@@ -558,7 +582,19 @@ Result<void> Catalog::apply_record(const RemoveRecord& record) {
         }
         entities_.erase(id);
     }
+    drop_orphaned_boots_locked();
     return {};
+}
+
+void Catalog::drop_orphaned_boots_locked() {
+    if (boots_.empty()) {
+        return;
+    }
+    absl::flat_hash_set<Hash256, Hash256Hasher> roots;
+    for (const auto& [id, entity] : entities_) {
+        roots.insert(entity->origin_);
+    }
+    std::erase_if(boots_, [&roots](const auto& boot) { return !roots.contains(boot.first); });
 }
 
 Result<void> Catalog::apply_record(const AttachmentChangeRecord& record) {
@@ -634,6 +670,16 @@ Result<void> Catalog::apply_record(const ArenaRecord& record) {
     return {};
 }
 
+Result<void> Catalog::apply_record(const BootRecord& record) {
+    const std::lock_guard lock(mutex_);
+    if (record.manifest) {
+        boots_.insert_or_assign(record.root, *record.manifest);
+    } else {
+        boots_.erase(record.root);
+    }
+    return {};
+}
+
 // --- Checkpoint ----------------------------------------------------------------------------------
 
 Catalog::Frozen Catalog::freeze() const {
@@ -643,6 +689,7 @@ Catalog::Frozen Catalog::freeze() const {
     frozen.imported_bytes = imported_bytes_;
     frozen.written_bytes = written_bytes_;
     frozen.arena = arena_;
+    frozen.boots.assign(boots_.begin(), boots_.end());
     frozen.items.reserve(entities_.size());
     for (const auto& [id, entity] : entities_) {
         frozen.items.push_back({.id = id,
@@ -652,7 +699,8 @@ Catalog::Frozen Catalog::freeze() const {
                                 .name = entity->name_,
                                 .removed_parent_name = entity->removed_parent_name_,
                                 .state = entity->state(),
-                                .attachment = entity->attachment_});
+                                .attachment = entity->attachment_,
+                                .origin = entity->origin_});
     }
     std::sort(frozen.items.begin(), frozen.items.end(),
               [](const Frozen::Item& a, const Frozen::Item& b) { return a.id < b.id; });
@@ -661,8 +709,7 @@ Catalog::Frozen Catalog::freeze() const {
 
 namespace {
 
-constexpr size_t kPieceBytes = nebula::kMaxObjectBytes;
-constexpr uint32_t kMaxPieceLevels = 4;
+constexpr std::string_view kWhat = "catalog";
 
 format::NodeName to_format(const NodeRef& node) {
     format::NodeName name{};
@@ -679,69 +726,6 @@ void put(std::vector<std::byte>& out, const Struct& value) {
 void put_text(std::vector<std::byte>& out, std::string_view text) {
     const Bytes bytes = bytes_of(text);
     out.insert(out.end(), bytes.begin(), bytes.end());
-}
-
-/// Stores `content` as objects of at most kPieceBytes. More than one are listed by an object of
-/// their ids, which is cut in the same way until one object is left.
-struct StoredPieces {
-    NodeRef top;
-    uint32_t levels = 0;  ///< How often ids have to be followed from `top` to the content.
-};
-Result<StoredPieces> store_pieces(nebula::Store& store, std::vector<std::byte> content) {
-    StoredPieces result;
-    while (true) {
-        std::vector<std::byte> ids;
-        nebula::WriteBatch batch;
-        ChunkId id;
-        for (size_t offset = 0; offset == 0 || offset < content.size(); offset += kPieceBytes) {
-            const Bytes piece =
-                Bytes(content).subspan(offset, std::min(kPieceBytes, content.size() - offset));
-            id = hash(piece);
-            batch.add_object(id, piece);
-            put(ids, id);
-        }
-        STELLARIUM_TRY(store.append(batch));
-        if (ids.size() == sizeof(ChunkId)) {
-            result.top = NodeRef{.id = id, .hint = store.object_address(id)};
-            return result;
-        }
-        if (++result.levels > kMaxPieceLevels) {
-            return fail(ErrorCode::kLimitExceeded, "the catalog is too large for a checkpoint");
-        }
-        content = std::move(ids);
-    }
-}
-
-/// `visit`, when given, is called for every object on the way.
-Result<std::vector<std::byte>> load_pieces(
-    nebula::Store& store, const StoredPieces& pieces, uint64_t expected_bytes,
-    const std::function<Result<void>(const NodeRef&)>& visit = {}) {
-    if (visit) {
-        STELLARIUM_TRY(visit(pieces.top));
-    }
-    STELLARIUM_ASSIGN(nebula::ObjectBytes top, store.get_object(pieces.top.id, pieces.top.hint));
-    std::vector<std::byte> content = std::move(top.content);
-    for (uint32_t level = 0; level < pieces.levels; ++level) {
-        if (content.size() % sizeof(ChunkId) != 0) {
-            return fail(ErrorCode::kCorrupt, "catalog: a list of pieces has an odd length");
-        }
-        std::vector<std::byte> next;
-        for (size_t offset = 0; offset < content.size(); offset += sizeof(ChunkId)) {
-            const NodeRef ref{.id = stellarium::load<ChunkId>(Bytes(content).subspan(offset)),
-                              .hint = std::nullopt};
-            if (visit) {
-                STELLARIUM_TRY(visit(ref));
-            }
-            STELLARIUM_ASSIGN(const nebula::ObjectBytes piece, store.get_object(ref.id));
-            next.insert(next.end(), piece.content.begin(), piece.content.end());
-        }
-        content = std::move(next);
-    }
-    if (content.size() != expected_bytes) {
-        return fail(ErrorCode::kCorrupt,
-                    fmt::format("catalog: {} bytes, {} expected", content.size(), expected_bytes));
-    }
-    return content;
 }
 
 /// Takes structs and texts from the front of the catalog's bytes.
@@ -789,6 +773,56 @@ class Cursor {
   private:
     Bytes rest_;
 };
+
+/// What version 2 has more: the boot manifests, and the origins that parents do not tell any more.
+void put_boots(std::vector<std::byte>& content, const Catalog::Frozen& frozen) {
+    absl::flat_hash_set<uint64_t> ids;
+    for (const Catalog::Frozen::Item& item : frozen.items) {
+        ids.insert(item.id);
+    }
+    std::vector<std::byte> origins;
+    uint32_t origin_count = 0;
+    for (const Catalog::Frozen::Item& item : frozen.items) {
+        if (item.kind != EntityKind::kImage && item.origin != Hash256{} &&
+            !ids.contains(item.parent)) {
+            format::CatalogOrigin origin{};
+            origin.id = item.id;
+            origin.root = item.origin;
+            put(origins, origin);
+            ++origin_count;
+        }
+    }
+    format::CatalogBootHeader header{};
+    header.boot_count = static_cast<uint32_t>(frozen.boots.size());
+    header.origin_count = origin_count;
+    put(content, header);
+    for (const auto& [root, pieces] : frozen.boots) {
+        const std::vector<std::byte> boot = encode(BootRecord{.root = root, .manifest = pieces});
+        append_bytes(content, boot);
+    }
+    append_bytes(content, origins);
+}
+
+Result<std::map<Hash256, Pieces>> get_boots(Cursor& in,
+                                            absl::flat_hash_map<uint64_t, Hash256>& origins) {
+    STELLARIUM_ASSIGN(const auto header, in.get<format::CatalogBootHeader>());
+    std::map<Hash256, Pieces> boots;
+    for (uint32_t i = 0; i < header.boot_count; ++i) {
+        STELLARIUM_ASSIGN(const Bytes bytes, in.take(sizeof(format::Boot)));
+        STELLARIUM_ASSIGN(const BootRecord boot, decode<BootRecord>(bytes));
+        if (!boot.manifest || !boots.emplace(boot.root, *boot.manifest).second) {
+            return in.bad(fmt::format("the boot manifest of {} is named twice, or not there",
+                                      boot.root.hex()));
+        }
+    }
+    for (uint32_t i = 0; i < header.origin_count; ++i) {
+        STELLARIUM_ASSIGN(const auto packed, in.get<format::CatalogOrigin>());
+        if (!origins.emplace(packed.id, packed.root).second) {
+            return in.bad(fmt::format("the origin of entity id {} is told twice", packed.id.get()));
+        }
+    }
+    return boots;
+}
 
 }  // namespace
 
@@ -861,6 +895,9 @@ Result<std::vector<std::byte>> Catalog::save(nebula::Store& store, const Frozen&
     content.insert(content.end(), states.begin(), states.end());
     content.insert(content.end(), entities.begin(), entities.end());
     content.insert(content.end(), attachments.begin(), attachments.end());
+    if (!frozen.boots.empty()) {
+        put_boots(content, frozen);
+    }
     for (const Frozen::Item& item : frozen.items) {
         if (item.state.damage) {
             const std::string_view why =
@@ -875,10 +912,13 @@ Result<std::vector<std::byte>> Catalog::save(nebula::Store& store, const Frozen&
 
     format::CatalogRoot root{};
     root.magic = format::kCatalogMagic;
-    root.read_version = static_cast<uint16_t>(format::kCatalogVersion);
-    root.write_version = static_cast<uint16_t>(format::kCatalogVersion);
+    // Without boot manifests an older program may read and write it.
+    const auto version = static_cast<uint16_t>(
+        frozen.boots.empty() ? format::kCatalogVersion : format::kCatalogVersionWithBoots);
+    root.read_version = version;
+    root.write_version = version;
     root.catalog_bytes = content.size();
-    STELLARIUM_ASSIGN(const StoredPieces pieces, store_pieces(store, std::move(content)));
+    STELLARIUM_ASSIGN(const Pieces pieces, store_pieces(store, std::move(content), kWhat));
     root.levels = pieces.levels;
     root.pieces = to_format(pieces.top);
     root.checksum = checksum64(bytes_of(root).first(offsetof(format::CatalogRoot, checksum)));
@@ -891,8 +931,8 @@ namespace {
 
 /// What a checkpoint's payload says about the catalog's pieces.
 struct CatalogPieces {
-    StoredPieces pieces;
-    uint64_t bytes = 0;
+    Pieces pieces;
+    uint32_t version = 0;
 };
 
 Result<CatalogPieces> decode_root(Bytes payload) {
@@ -906,18 +946,18 @@ Result<CatalogPieces> decode_root(Bytes payload) {
             checksum64(bytes_of(root).first(offsetof(format::CatalogRoot, checksum)))) {
         return fail(ErrorCode::kCorrupt, "checkpoint: its payload is not a catalog's root");
     }
-    if (root.read_version > format::kCatalogVersion) {
+    if (root.read_version > format::kCatalogVersionWithBoots) {
         return fail(ErrorCode::kUnsupported,
                     fmt::format("the catalog has format {}, and this version reads up to {}: use a "
                                 "newer version",
-                                root.read_version.get(), format::kCatalogVersion));
+                                root.read_version.get(), format::kCatalogVersionWithBoots));
     }
     if (root.levels > kMaxPieceLevels) {
         return fail(ErrorCode::kCorrupt, "checkpoint: too many levels of pieces");
     }
     STELLARIUM_ASSIGN(const NodeRef top, Cursor({}).node(root.pieces));
-    return CatalogPieces{.pieces = {.top = top, .levels = root.levels},
-                         .bytes = root.catalog_bytes};
+    return CatalogPieces{.pieces = {.top = top, .levels = root.levels, .bytes = root.catalog_bytes},
+                         .version = root.read_version};
 }
 
 }  // namespace
@@ -928,7 +968,7 @@ Result<void> Catalog::for_each_piece(nebula::Store& store, Bytes payload,
         return {};
     }
     STELLARIUM_ASSIGN(const CatalogPieces root, decode_root(payload));
-    STELLARIUM_TRY(load_pieces(store, root.pieces, root.bytes, visit));
+    STELLARIUM_TRY(load_pieces(store, root.pieces, kWhat, visit));
     return {};
 }
 
@@ -938,7 +978,7 @@ Result<void> Catalog::load(Bytes payload) {
     }
     STELLARIUM_ASSIGN(const CatalogPieces root, decode_root(payload));
     STELLARIUM_ASSIGN(const std::vector<std::byte> content,
-                      load_pieces(store_, root.pieces, root.bytes));
+                      load_pieces(store_, root.pieces, kWhat));
 
     Cursor in(content);
     STELLARIUM_ASSIGN(const auto header, in.get<format::CatalogHeader>());
@@ -1008,6 +1048,20 @@ Result<void> Catalog::load(Bytes payload) {
         STELLARIUM_ASSIGN(const Bytes options, in.take(packed.options_bytes));
         entity->attachment_ = AttachmentRecordBody{.label = std::move(label),
                                                    .options = {options.begin(), options.end()}};
+    }
+    absl::flat_hash_map<uint64_t, Hash256> origins;
+    if (root.version >= format::kCatalogVersionWithBoots) {
+        STELLARIUM_ASSIGN(boots_, get_boots(in, origins));
+    }
+    for (const EntityPtr& entity : entities) {
+        if (entity->kind == EntityKind::kImage) {
+            entity->origin_ = entity->state().root.id;
+        } else if (const EntityPtr parent = find_locked(entity->parent);
+                   parent && parent->id < entity->id) {
+            entity->origin_ = parent->origin_;
+        } else if (const auto kept = origins.find(entity->id); kept != origins.end()) {
+            entity->origin_ = kept->second;
+        }
     }
     while (!in.at_end()) {
         STELLARIUM_ASSIGN(const auto packed, in.get<format::CatalogDamage>());

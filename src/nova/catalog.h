@@ -38,6 +38,7 @@
 #include "base/error.h"
 #include "nebula/store.h"
 #include "nova/entity.h"
+#include "nova/pieces.h"
 #include "nova/records.h"
 #include "nova/tree.h"
 
@@ -87,6 +88,7 @@ class Entity {
     std::string removed_parent_name_;
     std::optional<AttachmentRecordBody> attachment_;
     uint64_t snapshots_ = 0;
+    Hash256 origin_;  ///< See Catalog::origin().
 };
 using EntityPtr = std::shared_ptr<Entity>;
 
@@ -136,6 +138,13 @@ class Catalog {
     std::vector<EntityPtr> attached() const;  ///< With an attachment on record, by name.
     size_t entity_count() const;
 
+    /// The root of the image that this is, or descends from, whatever of its ancestors has been
+    /// removed or was written meanwhile. Zeros: it descends from none.
+    Hash256 origin(const Entity& entity) const;
+    /// Where the boot manifest of images with this root is stored.
+    std::optional<Pieces> boot(const Hash256& root) const;
+    std::vector<std::pair<Hash256, Pieces>> boots() const;  ///< Ascending by root.
+
     uint64_t next_id() const;
     uint64_t imported_bytes() const { return imported_bytes_.load(std::memory_order_relaxed); }
     uint64_t written_bytes() const { return written_bytes_.load(std::memory_order_relaxed); }
@@ -172,8 +181,10 @@ class Catalog {
             std::string removed_parent_name;
             VolumeState state;
             std::optional<AttachmentRecordBody> attachment;
+            Hash256 origin;
         };
-        std::vector<Item> items;  ///< Ascending by id.
+        std::vector<Item> items;                        ///< Ascending by id.
+        std::vector<std::pair<Hash256, Pieces>> boots;  ///< Ascending by root.
         uint64_t next_id = 1;
         uint64_t imported_bytes = 0;
         uint64_t written_bytes = 0;
@@ -203,11 +214,14 @@ class Catalog {
     Result<void> apply_record(const HoleRecord& record);
     Result<void> apply_record(const FoldRecord& record);
     Result<void> apply_record(const ArenaRecord& record);
+    Result<void> apply_record(const BootRecord& record);
 
     // With mutex_ held.
     EntityPtr find_locked(uint64_t id) const;
     std::string full_name_locked(const Entity& entity) const;
     Result<void> insert_locked(const EntityPtr& entity, std::string name);
+    /// Forgets the boot manifests of roots that nothing descends from any more.
+    void drop_orphaned_boots_locked();
 
     /// The volume whose content a record changes; nullptr when it is a record of another kind.
     /// Damaged, it has the size that the record gives it.
@@ -222,6 +236,7 @@ class Catalog {
     absl::flat_hash_map<uint64_t, EntityPtr> entities_;
     std::map<std::string, EntityPtr, std::less<>> names_;  ///< Images and volumes.
     std::map<std::pair<uint64_t, std::string>, EntityPtr> snapshots_;
+    std::map<Hash256, Pieces> boots_;  ///< By root.
     uint64_t next_id_ = 1;
     ArenaRecord arena_;
     std::atomic<uint64_t> imported_bytes_{0};

@@ -186,6 +186,7 @@ class Walk {
     };
 
     Result<void> walk_entity(const Entity& entity);
+    Result<void> walk_boots();
     /// False: it cannot be read.
     Result<bool> check_chunk(const ChunkId& id, std::optional<nebula::PageAddress> hint,
                              uint32_t end_page);
@@ -392,6 +393,27 @@ Result<void> Walk::look_up_known() {
     return {};
 }
 
+Result<void> Walk::walk_boots() {
+    for (const auto& [root, pieces] : catalog_.boots()) {
+        NodeRef last;
+        const auto read = load_pieces(store_, pieces, "boot manifest", [&](const NodeRef& piece) {
+            last = piece;
+            return Result<void>();
+        });
+        if (read) {
+            continue;
+        }
+        if (!is_damage(read.error())) {
+            return std::unexpected(read.error());
+        }
+        note_bad(last.id, /*is_node=*/true, read.error(), last.hint);
+        bad_[last.id].users.push_back(
+            fmt::format("the boot manifest of images with root {} (stellarctl boot rm removes it)",
+                        root.hex()));
+    }
+    return {};
+}
+
 Result<void> Walk::run() {
     STELLARIUM_TRY(look_up_known());
     std::vector<EntityPtr> entities = catalog_.all();
@@ -410,6 +432,7 @@ Result<void> Walk::run() {
         }
         STELLARIUM_TRY(walk_entity(*entity));
     }
+    STELLARIUM_TRY(walk_boots());
     report_.nodes = finder_.nodes_read();
     return say_bad();
 }

@@ -14,6 +14,7 @@
 #include "nova/codec.h"
 #include "nova/limits.h"
 #include "nova/node_walk.h"
+#include "nova/pieces.h"
 
 namespace stellarium::nova {
 namespace {
@@ -252,6 +253,16 @@ Result<void> Collector::collect(const GcOptions& options, GcReport& report, Plan
     Marker marker(store_, collection, options, store_.stats().chunks);
     STELLARIUM_TRY(Catalog::for_each_piece(
         store_, published.payload, [&](const NodeRef& ref) { return marker.mark_object(ref); }));
+    for (const auto& [root, pieces] : frozen.boots) {
+        const auto marked = load_pieces(store_, pieces, "boot manifest", [&](const NodeRef& ref) {
+            return marker.mark_object(ref);
+        });
+        // One that is damaged is of no use, and must not keep everything else from being freed.
+        if (!marked && marked.error().code() != ErrorCode::kCorrupt &&
+            marked.error().code() != ErrorCode::kNotFound) {
+            return std::unexpected(marked.error().with_context("a boot manifest"));
+        }
+    }
     std::vector<std::pair<uint64_t, uint64_t>> own_bytes;
     own_bytes.reserve(frozen.items.size());
     for (const Catalog::Frozen::Item& item : frozen.items) {

@@ -4,6 +4,7 @@
 // Ownership: the owner (the pool) outlives its devices and is told when one goes.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -24,6 +25,13 @@ class DeviceOwner {
     virtual void close_device(const std::shared_ptr<Volume>& volume, const Device& device) = 0;
     virtual void flush_device(const std::shared_ptr<Volume>& volume,
                               std::function<void(Result<void>)> done) = 0;
+
+    /// Reads of guests that wait for the disk now, over all devices.
+    uint32_t waiting_reads() const { return waiting_reads_.load(std::memory_order_relaxed); }
+
+  private:
+    friend class Device;
+    std::atomic<uint32_t> waiting_reads_{0};
 };
 
 class Device final : public BlockDevice {
@@ -46,7 +54,15 @@ class Device final : public BlockDevice {
     const std::shared_ptr<Volume>& volume() const { return volume_; }
 
     Result<void> read(uint64_t offset_bytes, std::span<const iovec> into, IoMode mode) override {
-        return volume_->read(offset_bytes, into, mode);
+        // A read that is tried again, and waits this time, is told twice.
+        volume_->tell_observer(offset_bytes, into);
+        if (mode == IoMode::kNoWait) {
+            return volume_->read(offset_bytes, into, mode);
+        }
+        owner_.waiting_reads_.fetch_add(1, std::memory_order_relaxed);
+        auto done = volume_->read(offset_bytes, into, mode);
+        owner_.waiting_reads_.fetch_sub(1, std::memory_order_relaxed);
+        return done;
     }
     Result<void> write(uint64_t offset_bytes, std::span<const iovec> from, IoMode mode) override {
         STELLARIUM_TRY(check_writable());

@@ -134,10 +134,22 @@ struct Arena {
 };
 static_assert(sizeof(Arena) == 24);
 
+/// What binds a boot manifest to a root, as a record and in the catalog.
+struct Boot {
+    Hash256 root;
+    NodeName pieces;
+    U32Le levels;  ///< How often ids are followed from `pieces` to the content.
+    U32Le bytes;   ///< Of the content; 0: there is none any more, and the fields before are zeros.
+};
+static_assert(sizeof(Boot) == 80);
+
 // --- Catalog (catalog.md) ------------------------------------------------------------------------
 
 inline constexpr std::array<uint8_t, 8> kCatalogMagic = {'S', 'T', 'L', 'C', 'A', 'T', 'A', 'L'};
+/// What a catalog without boot manifests is written as.
 inline constexpr uint32_t kCatalogVersion = 1;
+/// What one with boot manifests is written as, and the highest that is read.
+inline constexpr uint32_t kCatalogVersionWithBoots = 2;
 
 /// The payload of a checkpoint: names the object that lists the catalog's pieces.
 struct CatalogRoot {
@@ -151,7 +163,8 @@ struct CatalogRoot {
 };
 static_assert(sizeof(CatalogRoot) == 72);
 
-/// The front of the catalog's bytes; states, entities, attachments and damages follow.
+/// The front of the catalog's bytes; states, entities, attachments, in version 2 what concerns
+/// boots, and damages follow.
 struct CatalogHeader {
     U64Le next_id;
     U64Le imported_bytes;
@@ -194,6 +207,20 @@ struct CatalogAttachment {
     std::array<uint8_t, 4> reserved;
 };
 static_assert(sizeof(CatalogAttachment) == 16);
+
+/// Behind the attachments of a catalog of version 2; `Boot` and `CatalogOrigin` follow.
+struct CatalogBootHeader {
+    U32Le boot_count;
+    U32Le origin_count;
+};
+static_assert(sizeof(CatalogBootHeader) == 8);
+
+/// The root that an entity descends from, where its parent is not there any more to say it.
+struct CatalogOrigin {
+    U64Le id;
+    Hash256 root;
+};
+static_assert(sizeof(CatalogOrigin) == 40);
 
 /// Up to the end of the catalog: entities whose content could not be replayed, and why.
 struct CatalogDamage {

@@ -41,6 +41,14 @@ inline constexpr size_t kMaxIdsPerRecord = 4096;
 inline constexpr size_t kMaxCloneNamesBytes = nebula::kMaxRecordBytes / 2;
 static_assert(kMaxRecordBytes <= nebula::kMaxRecordBytes / 16);
 
+// Boot manifests.
+inline constexpr size_t kMaxBootManifestBytes = size_t{2} << 20;
+inline constexpr size_t kMaxBootManifests = 65'536;  ///< Of a pool.
+/// Lists of pieces above a manifest's content.
+inline constexpr uint32_t kMaxBootManifestLevels = 1;
+static_assert(kMaxBootManifestBytes <=
+              nebula::kMaxObjectBytes / sizeof(ChunkId) * nebula::kMaxObjectBytes);
+
 // Guest writes on their way into the log.
 inline constexpr uint64_t kMinDirtyBudgetBytes = uint64_t{256} << 10;
 inline constexpr uint64_t kMaxDirtyBudgetBytes = uint64_t{1} << 40;

@@ -79,6 +79,23 @@ class StateReader final : public Reader {
                           IoMode::kMayBlock);
     }
 
+    Result<void> locate(uint64_t first_page, uint64_t pages,
+                        const std::function<void(const StoredRun&)>& visit) override {
+        return locate_state(store_, cache_, state_, first_page, pages,
+                            [&](uint64_t page, nebula::PageAddress address, uint32_t count) {
+                                visit({.page = page, .address = address, .pages = count});
+                            });
+    }
+
+    Result<void> stage(nebula::PageAddress address, MutableBytes into) override {
+        const iovec whole = to_iovec(into);
+        return store_.read(address, std::span(&whole, 1), /*no_wait=*/false);
+    }
+
+    void read_ahead(nebula::PageAddress address, uint32_t pages) override {
+        store_.prefetch(address, pages);
+    }
+
   private:
     nebula::Store& store_;
     NodeCache& cache_;
@@ -138,6 +155,18 @@ class PoolImpl final : public Pool, public DeviceOwner {
         return record_attachment([this, id] { return find_by_id(id); }, std::move(record));
     }
     std::vector<AttachmentRecord> attachments() const override;
+
+    Result<void> observe_reads(uint64_t id, std::shared_ptr<ReadObserver> observer) override;
+    uint32_t waiting_reads() const override { return DeviceOwner::waiting_reads(); }
+    Result<Hash256> boot_root(std::string_view source) const override;
+    std::vector<std::string> images_of(const Hash256& root) const override;
+    Result<std::optional<std::vector<std::byte>>> boot_manifest(const Hash256& root) override;
+    Result<void> set_boot_manifest(const Hash256& root,
+                                   std::optional<std::vector<std::byte>> manifest) override;
+    bool has_boot_manifest(const Hash256& root) const override {
+        return catalog_.boot(root).has_value();
+    }
+    std::vector<Hash256> boot_manifests() const override;
 
     PoolStats stats() const override;
     Result<void> checkpoint() override;
@@ -1481,6 +1510,116 @@ std::vector<Pool::AttachmentRecord> PoolImpl::attachments() const {
         }
     }
     return result;
+}
+
+// --- Boots ---------------------------------------------------------------------------------------
+
+Result<void> PoolImpl::observe_reads(uint64_t id, std::shared_ptr<ReadObserver> observer) {
+    const std::lock_guard lock(running_mutex_);
+    const auto volume = running_.find(id);
+    if (!devices_.contains(id) || volume == running_.end()) {
+        return observer ? fail(ErrorCode::kNotFound, "it is not attached") : Result<void>();
+    }
+    if (observer && volume->second->observer()) {
+        return fail(ErrorCode::kBusy, "what is read of it is being recorded already");
+    }
+    volume->second->set_observer(std::move(observer));
+    return {};
+}
+
+Result<Hash256> PoolImpl::boot_root(std::string_view source) const {
+    STELLARIUM_ASSIGN(const EntityPtr entity, catalog_.find(source));
+    const Hash256 root = catalog_.origin(*entity);
+    if (root == Hash256{}) {
+        return fail(ErrorCode::kNotFound,
+                    fmt::format("'{}' descends from no image, and a boot manifest belongs to one: "
+                                "export the volume, import that as an image, and clone it",
+                                source));
+    }
+    return root;
+}
+
+std::vector<std::string> PoolImpl::images_of(const Hash256& root) const {
+    std::vector<std::string> names;
+    for (const EntityPtr& image : catalog_.list(EntityKind::kImage)) {
+        if (catalog_.origin(*image) == root) {
+            names.push_back(catalog_.full_name(*image));
+        }
+    }
+    return names;
+}
+
+Result<std::optional<std::vector<std::byte>>> PoolImpl::boot_manifest(const Hash256& root) {
+    std::optional<Pieces> pieces = catalog_.boot(root);
+    while (pieces) {
+        auto content = load_pieces(*store_, *pieces, "boot manifest");
+        // Replaced, and collected, while it was read: the new one is what was asked for.
+        if (std::optional<Pieces> now = catalog_.boot(root); !content && now != pieces) {
+            pieces = now;
+            continue;
+        }
+        if (!content) {
+            return std::unexpected(
+                content.error().with_context("the boot manifest cannot be read: remove it "
+                                             "(stellarctl boot rm) and record again"));
+        }
+        return *std::move(content);
+    }
+    return std::nullopt;
+}
+
+Result<void> PoolImpl::set_boot_manifest(const Hash256& root,
+                                         std::optional<std::vector<std::byte>> manifest) {
+    if (root == Hash256{} ||
+        (manifest && (manifest->empty() || manifest->size() > kMaxBootManifestBytes))) {
+        return fail(ErrorCode::kInvalidArgument,
+                    fmt::format("a boot manifest takes 1 to {} bytes and belongs to an image",
+                                kMaxBootManifestBytes));
+    }
+    if (const auto reason = read_only_reason()) {
+        return fail(ErrorCode::kReadOnly,
+                    fmt::format("boot manifests cannot be changed: {}", *reason));
+    }
+    // Keeps what is appended until the record that names it is in the log.
+    const auto protection = store_->protect();
+    BootRecord record{.root = root, .manifest = std::nullopt};
+    if (manifest) {
+        STELLARIUM_ASSIGN(record.manifest,
+                          store_pieces(*protection, *std::move(manifest), "boot manifest"));
+    }
+    uint64_t sequence = 0;
+    {
+        const std::lock_guard lock(operations_);
+        if (record.manifest && !catalog_.boot(root)) {
+            if (catalog_.boots().size() >= kMaxBootManifests) {
+                return fail(ErrorCode::kLimitExceeded,
+                            fmt::format("a pool holds at most {} boot manifests: remove some "
+                                        "(stellarctl boot rm)",
+                                        kMaxBootManifests));
+            }
+            // One that nothing descends from would stay for ever.
+            if (!std::ranges::any_of(catalog_.all(), [&](const EntityPtr& entity) {
+                    return catalog_.origin(*entity) == root;
+                })) {
+                return fail(ErrorCode::kNotFound, "the image has just been removed");
+            }
+        }
+        std::optional<nebula::ReserveScope> reserve;
+        if (!record.manifest) {
+            reserve.emplace();  // It makes room.
+        }
+        const PendingRecord pending = PendingRecord::of(record);
+        STELLARIUM_ASSIGN(sequence, commit_alone(std::span(&pending, 1)));
+    }
+    return settle(sequence);
+}
+
+std::vector<Hash256> PoolImpl::boot_manifests() const {
+    std::vector<Hash256> roots;
+    for (const auto& [root, pieces] : catalog_.boots()) {
+        roots.push_back(root);
+    }
+    return roots;
 }
 
 // --- The whole -----------------------------------------------------------------------------------

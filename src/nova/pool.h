@@ -243,6 +243,13 @@ class ImageImport {
     virtual Progress progress() const = 0;
 };
 
+/// Pages of a state that lie one after another in the store.
+struct StoredRun {
+    uint64_t page = 0;  ///< Of the state: the first one.
+    nebula::PageAddress address;
+    uint32_t pages = 0;
+};
+
 /// A fixed state of an image, volume or snapshot, to read from (export). Holds what completed
 /// before it was made. Thread rule: any thread.
 class Reader {
@@ -255,6 +262,18 @@ class Reader {
         uint64_t offset_bytes) = 0;
     /// Any offset and length within the size.
     virtual Result<void> read(uint64_t offset_bytes, MutableBytes into) = 0;
+
+    // For whoever brings content into memory before it is asked for.
+
+    /// Calls `visit` for the runs of pages that hold [first_page, first_page + pages), in this
+    /// order, without holes. An address may go stale.
+    virtual Result<void> locate(uint64_t first_page, uint64_t pages,
+                                const std::function<void(const StoredRun&)>& visit) = 0;
+    /// Reads these pages of the store, which locate() named, so that they are checked and in the
+    /// page cache; `into`, as long as they are, is scratch. kStale: something has moved.
+    virtual Result<void> stage(nebula::PageAddress address, MutableBytes into) = 0;
+    /// Has the system read them soon. Does not block.
+    virtual void read_ahead(nebula::PageAddress address, uint32_t pages) = 0;
 };
 
 /// A part of an image, volume or snapshot that cannot be read.
@@ -306,6 +325,8 @@ struct DiffRange {
     uint64_t offset_bytes = 0;
     uint64_t length_bytes = 0;
 };
+
+class ReadObserver;
 
 class Pool {
   public:
@@ -380,6 +401,27 @@ class Pool {
     /// The same of what has this id, whatever its name is by now.
     virtual Result<void> set_attachment(uint64_t id, std::optional<AttachmentRecord> record) = 0;
     virtual std::vector<AttachmentRecord> attachments() const = 0;
+
+    // Boots (src/boot).
+    /// Tells `observer` (volume.h) what is read through the devices of the attached volume, image
+    /// or snapshot with this id, until it is detached; nullptr ends it. kNotFound: it is not
+    /// attached. kBusy: another one observes.
+    virtual Result<void> observe_reads(uint64_t id, std::shared_ptr<ReadObserver> observer) = 0;
+    /// Reads of guests that wait for the disk now.
+    virtual uint32_t waiting_reads() const = 0;
+    /// The root of the image that `source` is or descends from, through whatever has been removed
+    /// since. kNotFound when it descends from none, or from an empty one.
+    virtual Result<Hash256> boot_root(std::string_view source) const = 0;
+    /// Names of the images with this root; none: they were removed, and clones are left.
+    virtual std::vector<std::string> images_of(const Hash256& root) const = 0;
+    /// The boot manifest of images with this root, as it was given; nullopt: there is none.
+    virtual Result<std::optional<std::vector<std::byte>>> boot_manifest(const Hash256& root) = 0;
+    /// Replaces it (1 to kMaxBootManifestBytes bytes), or removes it. It goes by itself with the
+    /// last image, volume and snapshot that descends from the root.
+    virtual Result<void> set_boot_manifest(const Hash256& root,
+                                           std::optional<std::vector<std::byte>> manifest) = 0;
+    virtual bool has_boot_manifest(const Hash256& root) const = 0;
+    virtual std::vector<Hash256> boot_manifests() const = 0;  ///< Ascending.
 
     // The whole.
     virtual PoolStats stats() const = 0;

@@ -223,4 +223,37 @@ Result<std::optional<std::pair<uint64_t, uint64_t>>> next_data(nebula::Store& st
     return std::pair(start, end - start);
 }
 
+Result<void> locate_state(
+    nebula::Store& store, NodeCache& cache, const VolumeState& state, uint64_t first_page,
+    uint64_t pages,
+    const std::function<void(uint64_t page, nebula::PageAddress address, uint32_t pages)>& visit) {
+    const uint64_t end_page = std::min(first_page + pages, state.pages());
+    for (uint64_t page = first_page; page < end_page;) {
+        const uint64_t leaf = page / kPagesPerLeaf;
+        const uint64_t leaf_page = leaf * kPagesPerLeaf;
+        const uint64_t stop = std::min(end_page, leaf_page + kPagesPerLeaf);
+        STELLARIUM_ASSIGN(const Extents extents, effective_leaf(store, cache, state, leaf));
+        for (const Extent& extent : extents) {
+            const uint64_t start = std::max(page, leaf_page + extent.first_page);
+            const uint64_t end = std::min(stop, leaf_page + extent.end_page());
+            if (start >= end) {
+                continue;
+            }
+            std::optional<nebula::PageAddress> chunk = extent.chunk_address;
+            if (chunk) {
+                chunk = cache.moved_to(*chunk).value_or(*chunk);
+            } else {
+                STELLARIUM_ASSIGN(const nebula::ChunkLocation location, store.resolve(extent.id));
+                chunk = location.address;
+            }
+            visit(start,
+                  nebula::PageAddress(chunk->value() + extent.first_in_chunk +
+                                      (start - leaf_page - extent.first_page)),
+                  static_cast<uint32_t>(end - start));
+        }
+        page = stop;
+    }
+    return {};
+}
+
 }  // namespace stellarium::nova

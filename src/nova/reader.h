@@ -18,6 +18,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -42,5 +43,13 @@ Result<std::optional<std::pair<uint64_t, uint64_t>>> next_data(nebula::Store& st
                                                                NodeCache& cache,
                                                                const VolumeState& state,
                                                                uint64_t offset_bytes);
+
+/// Calls `visit` for each run of pages, one after another in the store, that hold [first_page,
+/// first_page + pages) of the content, in that order; holes and what lies beyond the end are left
+/// out. An address may go stale at any time.
+Result<void> locate_state(
+    nebula::Store& store, NodeCache& cache, const VolumeState& state, uint64_t first_page,
+    uint64_t pages,
+    const std::function<void(uint64_t page, nebula::PageAddress address, uint32_t pages)>& visit);
 
 }  // namespace stellarium::nova

@@ -157,6 +157,8 @@ std::string record_kind_name(uint16_t kind) {
             return "fold";
         case RecordKind::kArena:
             return "arena";
+        case RecordKind::kBoot:
+            return "boot";
     }
     return fmt::format("{:#06x}", kind);
 }
@@ -578,6 +580,40 @@ Result<ArenaRecord> decode(Bytes payload) {
     ArenaRecord record{.id = head.id, .closed = head.closed != 0, .path = {}};
     STELLARIUM_ASSIGN(record.path, in.get_text(head.path_bytes));
     STELLARIUM_TRY(in.finish());
+    return record;
+}
+
+// --- Boot ----------------------------------------------------------------------------------------
+
+std::vector<std::byte> encode(const BootRecord& record) {
+    format::Boot head{};
+    head.root = record.root;
+    if (record.manifest) {
+        head.pieces = to_format(record.manifest->top);
+        head.levels = record.manifest->levels;
+        head.bytes = length32(record.manifest->bytes);
+    }
+    Writer out;
+    out.put(head);
+    return out.take();
+}
+
+template <>
+Result<BootRecord> decode(Bytes payload) {
+    Parser in(BootRecord::kKind, payload);
+    STELLARIUM_ASSIGN(const auto head, in.get<format::Boot>());
+    STELLARIUM_TRY(in.finish());
+    const auto top = from_format(head.pieces);
+    if (head.root == Hash256{} || !top || head.levels > kMaxBootManifestLevels ||
+        head.bytes > kMaxBootManifestBytes) {
+        return in.bad("root, hint, levels or length are out of range");
+    }
+    BootRecord record{.root = head.root, .manifest = std::nullopt};
+    if (head.bytes != 0) {
+        record.manifest = Pieces{.top = *top, .levels = head.levels, .bytes = head.bytes};
+    } else if (!top->empty() || top->hint || head.levels != 0) {
+        return in.bad("it forgets a manifest and yet names one");
+    }
     return record;
 }
 

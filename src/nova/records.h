@@ -24,6 +24,7 @@
 #include "base/hash.h"
 #include "nebula/types.h"
 #include "nova/entity.h"
+#include "nova/pieces.h"
 #include "nova/tree.h"
 
 namespace stellarium::nova {
@@ -42,6 +43,7 @@ enum class RecordKind : uint16_t {
     kHole = 0x010a,
     kFold = 0x010b,
     kArena = 0x010c,
+    kBoot = 0x010d,
 };
 
 /// An image or volume comes to be: empty, or with the tree that an import built.
@@ -157,6 +159,14 @@ struct ArenaRecord {
     std::string path;
 };
 
+/// The boot manifest of images with this root comes to be or is replaced, or goes (nullopt). What
+/// it says is not known here (docs/formats/boot-manifest.md).
+struct BootRecord {
+    static constexpr RecordKind kKind = RecordKind::kBoot;
+    Hash256 root;  ///< Not the empty node.
+    std::optional<Pieces> manifest;
+};
+
 std::vector<std::byte> encode(const CreateRecord& record);
 std::vector<std::byte> encode(const CloneRecord& record);
 std::vector<std::byte> encode(const SnapshotRecord& record);
@@ -169,6 +179,7 @@ std::vector<std::byte> encode(const MapRecord& record);
 std::vector<std::byte> encode(const HoleRecord& record);
 std::vector<std::byte> encode(const FoldRecord& record);
 std::vector<std::byte> encode(const ArenaRecord& record);
+std::vector<std::byte> encode(const BootRecord& record);
 
 /// Defined for the record types above.
 template <typename Record>
@@ -197,6 +208,8 @@ template <>
 Result<FoldRecord> decode(Bytes payload);
 template <>
 Result<ArenaRecord> decode(Bytes payload);
+template <>
+Result<BootRecord> decode(Bytes payload);
 
 /// "map", "clone", ... for messages; "0x1234" for a kind that is not ours.
 std::string record_kind_name(uint16_t kind);

@@ -379,6 +379,15 @@ TEST(RecordsFormatPage, StructsAreAsDocumented) {
         page, "Arena", sizeof(format::Arena),
         {STELLARIUM_FIELD(format::Arena, id), STELLARIUM_FIELD(format::Arena, path_bytes),
          STELLARIUM_FIELD(format::Arena, closed), STELLARIUM_FIELD(format::Arena, reserved)});
+    expect_struct(page, "Boot", sizeof(format::Boot),
+                  {STELLARIUM_FIELD(format::Boot, root), STELLARIUM_FIELD(format::Boot, pieces),
+                   STELLARIUM_FIELD(format::Boot, levels), STELLARIUM_FIELD(format::Boot, bytes)});
+    expect_struct(page, "CatalogBootHeader", sizeof(format::CatalogBootHeader),
+                  {STELLARIUM_FIELD(format::CatalogBootHeader, boot_count),
+                   STELLARIUM_FIELD(format::CatalogBootHeader, origin_count)});
+    expect_struct(page, "CatalogOrigin", sizeof(format::CatalogOrigin),
+                  {STELLARIUM_FIELD(format::CatalogOrigin, id),
+                   STELLARIUM_FIELD(format::CatalogOrigin, root)});
     expect_struct(page, "CatalogRoot", sizeof(format::CatalogRoot),
                   {STELLARIUM_FIELD(format::CatalogRoot, magic),
                    STELLARIUM_FIELD(format::CatalogRoot, read_version),
@@ -432,6 +441,7 @@ TEST(RecordsFormatPage, KindsAreAsDocumented) {
         {"kRemove", RecordKind::kRemove},     {"kAttachment", RecordKind::kAttachment},
         {"kMap", RecordKind::kMap},           {"kHole", RecordKind::kHole},
         {"kFold", RecordKind::kFold},         {"kArena", RecordKind::kArena},
+        {"kBoot", RecordKind::kBoot},
     };
     const auto rows = page.rows("Records");
     EXPECT_EQ(rows.size(), kinds.size());
@@ -443,7 +453,7 @@ TEST(RecordsFormatPage, KindsAreAsDocumented) {
 
 TEST(RecordsFormatPage, DumpsAreWhatIsWritten) {
     const auto dumps = Page("records.md").dumps("Real payloads");
-    ASSERT_EQ(dumps.size(), 2U);
+    ASSERT_EQ(dumps.size(), 3U);
     const SnapshotRecord snapshot{
         .id = 7, .volume = 3, .created_ns = 1'700'000'000'000'000'000, .name = "one"};
     EXPECT_EQ(encode(snapshot), dumps[0]);
@@ -459,6 +469,16 @@ TEST(RecordsFormatPage, DumpsAreWhatIsWritten) {
     const auto again = decode<MapRecord>(dumps[1]);
     ASSERT_TRUE(again) << again.error().message();
     EXPECT_EQ(again->entries, map.entries);
+    BootRecord boot;
+    boot.root.bytes.fill(0x11);
+    boot.manifest = Pieces{.top = {}, .levels = 1, .bytes = 70'000};
+    boot.manifest->top.id.bytes.fill(0x22);
+    boot.manifest->top.hint = nebula::PageAddress::make(2, 77);
+    EXPECT_EQ(encode(boot), dumps[2]) << ::testing::PrintToString(encode(boot));
+    const auto bound = decode<BootRecord>(dumps[2]);
+    ASSERT_TRUE(bound) << bound.error().message();
+    EXPECT_EQ(bound->root, boot.root);
+    EXPECT_EQ(bound->manifest, boot.manifest);
 }
 
 }  // namespace

@@ -767,4 +767,28 @@ Result<void> Volume::discard_pages(uint64_t first_page, uint64_t end_page, IoMod
     return {};
 }
 
+// --- Observation ---------------------------------------------------------------------------------
+
+void Volume::set_observer(std::shared_ptr<ReadObserver> observer) {
+    const std::lock_guard lock(observer_mutex_);
+    std::swap(observer_, observer);
+    observed_.store(observer_ != nullptr, std::memory_order_relaxed);
+}
+
+std::shared_ptr<ReadObserver> Volume::observer() const {
+    const std::lock_guard lock(observer_mutex_);
+    return observer_;
+}
+
+void Volume::tell_observer_now(uint64_t offset_bytes, std::span<const iovec> into) const {
+    const std::shared_ptr<ReadObserver> observer = this->observer();
+    if (observer) {
+        uint64_t length_bytes = 0;
+        for (const iovec& part : into) {
+            length_bytes += part.iov_len;
+        }
+        observer->on_read(offset_bytes, length_bytes);
+    }
+}
+
 }  // namespace stellarium::nova

@@ -64,6 +64,17 @@ class Writeback {
     virtual Result<void> discard_leaves(Volume& volume, uint64_t first_page, uint64_t pages) = 0;
 };
 
+/// Told what guests read of a volume.
+/// Thread rule: on_read() from any thread, also at the same time, and also once more while whoever
+/// ends the observation does so. It must not block.
+class ReadObserver {
+  public:
+    virtual ~ReadObserver() = default;
+    /// A device was asked for this range, which need not lie within the volume; twice where it had
+    /// to wait for the disk.
+    virtual void on_read(uint64_t offset_bytes, uint64_t length_bytes) = 0;
+};
+
 /// A dirty page, or consecutive ones of a leaf that are zeros, as they were at a cut.
 struct DirtyRun {
     uint64_t page = 0;
@@ -126,6 +137,18 @@ class Volume : public std::enable_shared_from_this<Volume> {
     /// Takes over a slot that the last process left. In sequence order, before any other call.
     void adopt(const Arena::Found& found);
 
+    // --- For devices -----------------------------------------------------------------------------
+
+    /// nullptr ends it. Any thread.
+    void set_observer(std::shared_ptr<ReadObserver> observer);
+    std::shared_ptr<ReadObserver> observer() const;
+    /// Before each read of a guest; next to nothing while nobody observes.
+    void tell_observer(uint64_t offset_bytes, std::span<const iovec> into) const {
+        if (observed_.load(std::memory_order_relaxed)) [[unlikely]] {
+            tell_observer_now(offset_bytes, into);
+        }
+    }
+
   private:
     static constexpr size_t kShards = 16;
     /// What find() says of a page that is dirty zeros.
@@ -164,6 +187,8 @@ class Volume : public std::enable_shared_from_this<Volume> {
     Shard& shard_of(uint64_t page) {
         return dirty_map().shards[page / kPagesPerLeaf % kShards];
     }
+
+    void tell_observer_now(uint64_t offset_bytes, std::span<const iovec> into) const;
 
     template <typename Attempt>
     Result<void> with_present_state(Attempt attempt);
@@ -204,6 +229,10 @@ class Volume : public std::enable_shared_from_this<Volume> {
     std::atomic<uint64_t> held_slots_{0};
     std::atomic<bool> noted_dirty_{false};  ///< On the list of note_dirty().
     std::atomic<uint64_t> last_sequence_;
+
+    std::atomic<bool> observed_{false};
+    mutable std::mutex observer_mutex_;
+    std::shared_ptr<ReadObserver> observer_;  ///< Guarded by observer_mutex_.
 
     std::mutex failure_mutex_;
     std::optional<Error> failure_;       ///< Of the last write-back. Guarded by failure_mutex_.

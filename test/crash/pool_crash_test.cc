@@ -541,10 +541,17 @@ class Program {
             {3, &Program::remove},      {2, &Program::create},
         };
         static constexpr Choice kOther[] = {
-            {3, &Program::rollback},   {3, &Program::resize},          {3, &Program::rename},
-            {3, &Program::attachment}, {3, &Program::remove_snapshot}, {4, &Program::checkpoint},
-            {7, &Program::collect},    {2, &Program::reopen},          {2, &Program::kill},
+            {3, &Program::rollback},
+            {3, &Program::resize},
+            {3, &Program::rename},
+            {3, &Program::attachment},
+            {3, &Program::remove_snapshot},
+            {4, &Program::checkpoint},
+            {7, &Program::collect},
+            {2, &Program::reopen},
+            {2, &Program::kill},
             {2, &Program::lose_power},
+            {2, &Program::boot},
         };
         const auto choose = [&](std::span<const Choice> choices) {
             unsigned total = 0;
@@ -694,6 +701,18 @@ class Program {
     void attachment() {
         if (const auto name = any(true)) {
             run(attachment_command(*name, dice_.one_in(3) ? "" : fresh_name()));
+        }
+    }
+
+    /// Sets or removes the boot manifest of an image; sometimes one of several objects.
+    void boot() {
+        const auto name = any(true);
+        if (!name || !shadow_[*name].is_image) {
+            return;
+        }
+        if (const auto root = pool_->boot_root(*name)) {
+            const size_t bytes = dice_.one_in(4) ? 0 : 1 + dice_.below(150'000);
+            run(boot_command(*name, *root, testing::random_bytes(bytes, dice_.below(1 << 30))));
         }
     }
 

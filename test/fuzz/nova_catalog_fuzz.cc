@@ -70,7 +70,8 @@ Storage& storage() {
     return *current;
 }
 
-format::CatalogRoot root_of(nebula::Store& store, Bytes content, uint32_t levels) {
+format::CatalogRoot root_of(nebula::Store& store, Bytes content, uint32_t levels,
+                            uint32_t version) {
     const uint64_t bytes = content.size();
     ChunkId top = hash(content);
     nebula::WriteBatch batch;
@@ -86,8 +87,8 @@ format::CatalogRoot root_of(nebula::Store& store, Bytes content, uint32_t levels
     must(store.append(batch));
     format::CatalogRoot root{};
     root.magic = format::kCatalogMagic;
-    root.read_version = static_cast<uint16_t>(format::kCatalogVersion);
-    root.write_version = static_cast<uint16_t>(format::kCatalogVersion);
+    root.read_version = static_cast<uint16_t>(version);
+    root.write_version = static_cast<uint16_t>(version);
     root.levels = levels;
     root.catalog_bytes = bytes;
     root.pieces.id = top;
@@ -116,6 +117,7 @@ void check_round_trip(Storage& storage, const Catalog& catalog) {
     Catalog again(storage.store(), storage.cache());
     must(again.load(payload));
     const Catalog::Frozen after = again.freeze();
+    require(after.boots == before.boots, "boot manifests that were saved are loaded as the same");
     require(after.items.size() == before.items.size() && after.next_id == before.next_id &&
                 after.imported_bytes == before.imported_bytes &&
                 after.written_bytes == before.written_bytes && after.arena.id == before.arena.id &&
@@ -183,15 +185,27 @@ void add_seeds(std::vector<Input>& out) {
                        .id = 2, .body = AttachmentRecordBody{.label = "x", .options = Input(4)}});
     apply(catalog, ArenaRecord{.id = {1}, .closed = false, .path = "/run/arena"});
     catalog.mark_damaged("it rotted", {3});
-    const Input payload = must(Catalog::save(here.store(), catalog.freeze()));
-    Input content;
-    must(Catalog::for_each_piece(here.store(), payload, [&](const NodeRef& piece) -> Result<void> {
-        content = must(here.store().get_object(piece.id)).content;
-        return {};
-    }));
-    for (const unsigned levels : {0U, 1U}) {
+    const auto content_now = [&] {
+        const Input payload = must(Catalog::save(here.store(), catalog.freeze()));
+        Input content;
+        must(Catalog::for_each_piece(here.store(), payload,
+                                     [&](const NodeRef& piece) -> Result<void> {
+                                         content = must(here.store().get_object(piece.id)).content;
+                                         return {};
+                                     }));
+        return content;
+    };
+    const BootRecord boot{.root = here.root().id,
+                          .manifest = Pieces{.top = here.root(), .levels = 0, .bytes = 100}};
+    for (const unsigned shape : {0U, 1U, 3U}) {
+        if (shape == 3) {
+            // Version 2, with an origin that no parent tells any more.
+            apply(catalog, boot);
+            apply(catalog, RemoveRecord{.ids = {1}});
+        }
+        const Input content = content_now();
         Input input;
-        append_byte(input, levels);
+        append_byte(input, shape);
         append_number(input, static_cast<uint16_t>(content.size()));
         append(input, content);
         add_record(input, HoleRecord{.volume = 2, .ranges = {{.page = 6, .pages = 600}}});
@@ -204,6 +218,8 @@ void add_seeds(std::vector<Input>& out) {
             input,
             CloneRecord{
                 .source = 2, .first_id = 5, .size_bytes = 8192, .created_ns = 6, .names = {"d"}});
+        add_record(input, boot);
+        add_record(input, BootRecord{.root = boot.root, .manifest = std::nullopt});
         add_record(input, RemoveRecord{.ids = {2, 4}});
         out.push_back(std::move(input));
     }
@@ -215,11 +231,13 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     using namespace stellarium::fuzz;  // NOLINT(google-build-using-namespace)
     Feed feed(data, size);
     Storage& here = storage();
-    const uint32_t levels = feed.below(3);
+    const uint32_t shape = feed.below(6);
+    const uint32_t levels = shape % 3;
+    const uint32_t version = 1 + shape / 3;
     const stellarium::Bytes content =
         feed.bytes(std::min<size_t>(feed.u16(), stellarium::nebula::kMaxObjectBytes));
     Catalog catalog(here.store(), here.cache());
-    if (!catalog.load(stellarium::bytes_of(root_of(here.store(), content, levels)))) {
+    if (!catalog.load(stellarium::bytes_of(root_of(here.store(), content, levels, version)))) {
         return 0;
     }
     check_round_trip(here, catalog);

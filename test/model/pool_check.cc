@@ -99,6 +99,11 @@ void PoolCheck::everything(Pool& pool, Shadow& shadow, bool after_crash) {
         if (!volume.attachment.empty()) {
             attachments[name] = volume.attachment;
         }
+        if (!volume.boot.empty()) {
+            EXPECT_EQ(must(pool.boot_root(name)), volume.boot_root) << name;
+            EXPECT_TRUE(must(pool.boot_manifest(volume.boot_root)) == volume.boot)
+                << "the boot manifest of " << name;
+        }
         const auto device = must(pool.attach(name, {.read_only = true}));
         content(name, volume.content, *device, &volume, after_crash);
         for (const auto& [snapshot, expected] : volume.snapshots) {

@@ -181,6 +181,32 @@ PoolCommand attachment_command(const std::string& name, const std::string& label
                 }};
 }
 
+PoolCommand boot_command(const std::string& image, const Hash256& root,
+                         std::vector<std::byte> manifest) {
+    const auto shared = std::make_shared<const std::vector<std::byte>>(std::move(manifest));
+    return {.what = fmt::format("boot manifest of {}, {} bytes", image, shared->size()),
+            .run = [=](Pool& pool) -> Result<void> {
+                if (shared->empty()) {
+                    return pool.set_boot_manifest(root, std::nullopt);
+                }
+                return pool.set_boot_manifest(root, *shared);
+            },
+            .effect =
+                [=](Shadow& shadow) {
+                    shadow.at(image).boot_root = root;
+                    for (auto& [name, each] : shadow) {
+                        if (each.boot_root == root) {
+                            each.boot = *shared;
+                        }
+                    }
+                },
+            .has_happened =
+                [=](Pool& pool) {
+                    return must(pool.boot_manifest(root)).value_or(std::vector<std::byte>{}) ==
+                           *shared;
+                }};
+}
+
 PoolCommand checkpoint_command() {
     return {.what = "checkpoint",
             .run = [](Pool& pool) { return pool.checkpoint(); },

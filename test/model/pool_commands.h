@@ -59,6 +59,9 @@ PoolCommand rollback_command(const std::string& volume, const std::string& snaps
 PoolCommand import_command(const std::string& fresh, std::vector<std::byte> data);
 /// An empty label takes the attachment away.
 PoolCommand attachment_command(const std::string& name, const std::string& label);
+/// The boot manifest of the image, which has this root; empty takes it away.
+PoolCommand boot_command(const std::string& image, const Hash256& root,
+                         std::vector<std::byte> manifest);
 PoolCommand checkpoint_command();
 PoolCommand collect_command(const GcOptions& options = {});
 

@@ -785,9 +785,11 @@ class Program {
     PoolCommand choose_cut(const std::string& name) {
         const std::string fresh = fresh_name();
         const bool has_room = shadow_.size() < kMaxThings;
-        switch (below(10)) {
+        switch (below(11)) {
             case 0:
                 return checkpoint_command();
+            case 8:
+                return cut_boot();
             case 1:
                 return has_room ? clone_command(name, {fresh}) : checkpoint_command();
             case 2:
@@ -813,6 +815,17 @@ class Program {
         }
     }
 
+    PoolCommand cut_boot() {
+        for (const auto& [name, volume] : shadow_) {
+            const Result<Hash256> root =
+                volume.is_image ? pool_->boot_root(name) : Result<Hash256>(Hash256{});
+            if (root && *root != Hash256{}) {
+                const size_t bytes = below(4) == 0 ? 0 : 1 + below(150'000);
+                return boot_command(name, *root, random_data(bytes));
+            }
+        }
+        return checkpoint_command();
+    }
     PoolCommand cut_resize(const std::string& name) {
         const uint64_t old_size = shadow_[name].content.size_bytes();
         const uint64_t size = random_size();

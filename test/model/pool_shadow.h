@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "base/bytes.h"
+#include "base/hash.h"
 #include "nova/limits.h"
 
 namespace stellarium::nova::model {
@@ -58,6 +59,10 @@ struct ShadowVolume {
     bool parent_removed = false;
     bool is_image = false;
     std::string attachment;  ///< Label of the attachment on record; empty: none.
+    /// Of an image, the boot manifest that was set last, and the root that it is bound to; empty:
+    /// not known.
+    std::vector<std::byte> boot{};
+    Hash256 boot_root{};
     std::map<std::string, Content> snapshots;
     /// Older versions of sectors that were overwritten since the last flush: after power loss, a
     /// sector may be any of them.
