@@ -361,6 +361,57 @@ void add_attachment_commands(CLI::App& app, Builder& builder) {
                     "  stellarctl attachments\n  stellarctl attachments --json");
 }
 
+void add_boot_commands(CLI::App& app, Builder& builder) {
+    Arguments& arguments = builder.arguments();
+    CLI::App* const boot =
+        builder.group("boot", "Boots: what they read, recorded once and staged ever after",
+                      "  stellarctl boot record vm-1      # then boot the guest\n"
+                      "  stellarctl boot stop vm-1\n"
+                      "  stellarctl boot show debian");
+    CLI::App* verb = builder.command(
+        boot, "record", "Record what the guest of an attached volume reads", boot_record,
+        "  stellarctl attach vm-1 --vhost-user ./vm-1.sock\n"
+        "  stellarctl boot record vm-1      # then boot the guest");
+    builder.word(verb, "VOLUME", arguments.name, "the volume", "ATTACHMENT");
+    verb = builder.command(boot, "stop",
+                           "End a recording, and merge it into the boot manifest of the image",
+                           boot_stop,
+                           "  stellarctl boot stop vm-1\n"
+                           "  stellarctl boot stop vm-1 --discard");
+    builder.word(verb, "VOLUME", arguments.name, "the volume", "ATTACHMENT");
+    verb->add_flag("--discard", arguments.discard, "store nothing");
+    builder.command(boot, "ls", "List the boot manifests, and the recordings that run", boot_list,
+                    "  stellarctl boot ls\n  stellarctl boot ls --json");
+    verb = builder.command(boot, "show", "Show the boot manifest that a source has or inherits",
+                           boot_show,
+                           "  stellarctl boot show debian\n"
+                           "  stellarctl boot show vm-1 --json | jq '.runs[]'");
+    builder.word(verb, "SOURCE", arguments.name, "image, volume or VOLUME@SNAPSHOT", "SOURCE");
+    verb = builder.command(
+        boot, "set", "Say what a boot of an image needs besides its disk", boot_set,
+        "  stellarctl boot set debian --kernel debian-vmlinuz --initrd debian-initrd\n"
+        "  stellarctl boot set debian --hints 'root=/dev/vda1 console=ttyS0'\n"
+        "  stellarctl boot set debian --initrd ''     # none");
+    builder.word(verb, "SOURCE", arguments.name, "the image, or what descends from it", "SOURCE");
+    verb->add_option("--kernel", arguments.kernel, "an image that holds the kernel; '' for none")
+        ->type_name("IMAGE");
+    verb->add_option("--initrd", arguments.initrd, "an image that holds the initrd; '' for none")
+        ->type_name("IMAGE");
+    verb->add_option("--hints", arguments.hints,
+                     "text for whoever starts the machine, such as a kernel command line")
+        ->type_name("TEXT");
+    verb = builder.command(boot, "rm",
+                           "Remove the boot manifest of the image that a source descends from",
+                           boot_remove, "  stellarctl boot rm debian");
+    builder.word(verb, "SOURCE", arguments.name, "image, volume or VOLUME@SNAPSHOT", "SOURCE");
+    verb = builder.command(&app, "prefetch", "Bring into memory what a boot of a volume will read",
+                           prefetch,
+                           "  stellarctl prefetch vm-1         # before its machine is started\n"
+                           "  stellarctl prefetch debian --all # everything that it holds");
+    builder.word(verb, "SOURCE", arguments.name, "image, volume or VOLUME@SNAPSHOT", "SOURCE");
+    verb->add_flag("--all", arguments.all, "everything, and not what the boot manifest lists");
+}
+
 void add_store_commands(CLI::App& app, Builder& builder, Invocation& invocation) {
     CLI::App* const collect = builder.command(
         &app, "gc", "Free what nothing refers to any more, while everything goes on",
@@ -455,6 +506,7 @@ void build_app(CLI::App& app, Invocation& invocation) {
     add_volume_commands(builder);
     add_snapshot_commands(builder);
     add_attachment_commands(app, builder);
+    add_boot_commands(app, builder);
     add_store_commands(app, builder, invocation);
 }
 

@@ -1189,6 +1189,46 @@ class Attach(TestCase):
         self.assertEqual((s.folder / "v.sock").read_text(), "mine")
 
 
+class Boots(TestCase):
+    def test_manifests_without_and_with_a_daemon(self):
+        s = self.store()
+        s.ok("image", "import", "i", "-", data=os.urandom(300_000))
+        s.ok("image", "import", "k", "-", data=os.urandom(5_000))
+        s.ok("volume", "clone", "i", "v")
+        s.ok("volume", "create", "plain", "--size", "1MiB")
+        self.assert_fails(s.run("boot", "record", "v", "--lock-timeout", "0"), "unavailable",
+                          "stellariumd --store")
+        self.assert_fails(s.run("boot", "show", "v"), "not_found", "boot record")
+        self.assert_fails(s.run("boot", "show", "w"), "not_found", "did you mean")
+        self.assert_fails(s.run("boot", "show", "plain"), "not_found", "descends from no image")
+        self.assert_fails(s.run("boot", "set", "v"), "invalid_argument", "--kernel")
+        self.assert_fails(s.run("boot", "set", "v", "--kernel", "v"), "invalid_argument", "no image")
+        self.assert_fails(s.run("prefetch", "v"), "not_found", "--all")
+        self.assertEqual(s.json("prefetch", "v", "--all")["staged_bytes"], 303_104)
+        s.ok("boot", "set", "v", "--kernel", "k", "--hints", "console=ttyS0")
+        s.start_daemon()
+        shown = s.json("boot", "show", "i")
+        self.assertEqual((shown["kernel"]["image"], shown["initrd"], shown["hints"]),
+                         ("k", None, "console=ttyS0"))
+        self.assertEqual(s.json("boot", "show", "v"), shown)
+        self.assert_fails(s.run("boot", "record", "v"), "invalid_argument", "not attached")
+        s.ok("attach", "v", "--vhost-user", "v.sock")
+        self.assertEqual(s.json("boot", "record", "v")["source"], "v")
+        self.assert_fails(s.run("boot", "record", "v"), "busy", "boot stop v")
+        self.assertIn("recording 'v'", s.ok("boot", "ls").out)
+        self.assertEqual(s.json("boot", "stop", "v", "--discard")["bytes"], 0)
+        self.assert_fails(s.run("boot", "stop", "v"), "not_found", "boot record v")
+        s.ok("boot", "record", "v")
+        self.assert_fails(s.run("boot", "stop", "v"), "invalid_argument", "nothing was read")
+        s.ok("detach", "v")
+        s.stop_daemon()
+        self.assertEqual(len(s.json("boot", "ls")["boots"]), 1)
+        s.ok("boot", "set", "i", "--kernel", "")
+        self.assertIsNone(s.json("boot", "show", "v")["kernel"])
+        s.ok("boot", "rm", "v")
+        self.assertEqual(s.json("boot", "ls"), {"boots": [], "recordings": []})
+
+
 class Daemon(TestCase):
     def daemon(self, s, *words):
         return subprocess.run([DAEMON, *map(str, words)], capture_output=True, text=True,

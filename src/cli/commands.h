@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -71,6 +72,11 @@ struct Arguments {
     bool repair = false;
     bool data = false;
     bool allow_backing = false;
+    bool discard = false;
+    bool all = false;
+    std::optional<std::string> kernel;
+    std::optional<std::string> initrd;
+    std::optional<std::string> hints;
 };
 
 using Command = Result<void> (*)(Context&, const Arguments&);
@@ -100,6 +106,13 @@ Result<void> attach(Context& context, const Arguments& arguments);
 Result<void> detach(Context& context, const Arguments& arguments);
 Result<void> limit(Context& context, const Arguments& arguments);
 Result<void> list_attachments(Context& context, const Arguments& arguments);
+Result<void> boot_record(Context& context, const Arguments& arguments);
+Result<void> boot_stop(Context& context, const Arguments& arguments);
+Result<void> boot_list(Context& context, const Arguments& arguments);
+Result<void> boot_show(Context& context, const Arguments& arguments);
+Result<void> boot_set(Context& context, const Arguments& arguments);
+Result<void> boot_remove(Context& context, const Arguments& arguments);
+Result<void> prefetch(Context& context, const Arguments& arguments);
 Result<void> collect_garbage(Context& context, const Arguments& arguments);
 Result<void> scrub(Context& context, const Arguments& arguments);
 Result<void> stats(Context& context, const Arguments& arguments);

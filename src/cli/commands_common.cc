@@ -1,11 +1,14 @@
 #include "cli/commands_common.h"
 
+#include <chrono>
 #include <cstdio>
+#include <future>
 
 #include <fmt/format.h>
 #include <fnmatch.h>
 
 #include "cli/export_target.h"
+#include "cli/interrupt.h"
 #include "cli/progress.h"
 #include "control/service.h"
 
@@ -47,6 +50,9 @@ std::string target_of(std::string_view prefix, std::string_view name) {
 
 namespace {
 
+/// How often a command looks at what it waits for.
+constexpr std::chrono::milliseconds kWatchEvery{100};
+
 const Json* field(const Json& json, std::string_view key) {
     if (!json.is_object()) {
         return nullptr;
@@ -75,6 +81,30 @@ bool bool_field(const Json& json, std::string_view key) {
 std::string plural(uint64_t count, std::string_view what) {
     const std::string_view ending = count == 1 ? "" : what.ends_with("ch") ? "es" : "s";
     return fmt::format("{} {}{}", count, what, ending);
+}
+
+Result<Json> call_and_watch(Context& context, Progress& progress, const std::string& target,
+                            const Json& request, const std::function<void(const Json&)>& show) {
+    STELLARIUM_ASSIGN(control::ControlClient* const client, context.client());
+    const std::unique_ptr<control::ControlClient> second = context.session()->second_client();
+    std::future<Result<Json>> answer =
+        std::async(std::launch::async, [&] { return client->call("POST", target, request); });
+    while (second && answer.wait_for(kWatchEvery) != std::future_status::ready) {
+        if (interrupted()) {
+            // Again and again: the first may have come before what it should stop.
+            [[maybe_unused]] const Result<Json> asked = second->call("DELETE", target);
+        }
+        if (const Result<Json> state = second->call("GET", target);
+            state && bool_field(*state, "running")) {
+            show(*state);
+        }
+    }
+    Result<Json> report = answer.get();
+    progress.finish();
+    if (!report && report.error().code() == ErrorCode::kCancelled) {
+        STELLARIUM_TRY(check_interrupt());
+    }
+    return report;
 }
 
 void print_entity(Context& context, const Json& entity) {

@@ -3,11 +3,13 @@
 // Thread rule: one thread.
 #pragma once
 
+#include <functional>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "cli/commands.h"
+#include "cli/progress.h"
 #include "control/json.h"
 
 namespace stellarium::cli {
@@ -16,6 +18,12 @@ namespace stellarium::cli {
 Result<control::Json> ask(Context& context, std::string_view method, std::string target);
 Result<control::Json> ask(Context& context, std::string_view method, std::string target,
                           const control::Json& body);
+
+/// Does at `target` what takes long. Meanwhile asks how far it is, for `show`, and passes an
+/// interruption on.
+Result<control::Json> call_and_watch(Context& context, Progress& progress,
+                                     const std::string& target, const control::Json& request,
+                                     const std::function<void(const control::Json&)>& show);
 
 /// "/v1/images/" + the encoded name.
 std::string target_of(std::string_view prefix, std::string_view name);

@@ -28,8 +28,6 @@ using control::Json;
 
 namespace {
 
-/// How often a command looks at what the collection that it waits for has done.
-constexpr std::chrono::milliseconds kWatchEvery{100};
 /// Leaves most disks to those who need them.
 constexpr uint64_t kDefaultScrubRate = 256 * kMiB;
 
@@ -228,32 +226,6 @@ Result<void> list_attachments(Context& context, const Arguments&) {
 }
 
 namespace {
-
-/// Does at `target` what takes long. Meanwhile asks how far it is, for `show`, and passes an
-/// interruption on.
-Result<Json> call_and_watch(Context& context, Progress& progress, const std::string& target,
-                            const Json& request, const std::function<void(const Json&)>& show) {
-    STELLARIUM_ASSIGN(control::ControlClient* const client, context.client());
-    const std::unique_ptr<control::ControlClient> second = context.session()->second_client();
-    std::future<Result<Json>> answer =
-        std::async(std::launch::async, [&] { return client->call("POST", target, request); });
-    while (second && answer.wait_for(kWatchEvery) != std::future_status::ready) {
-        if (interrupted()) {
-            // Again and again: the first may have come before what it should stop.
-            [[maybe_unused]] const Result<Json> asked = second->call("DELETE", target);
-        }
-        if (const Result<Json> state = second->call("GET", target);
-            state && bool_field(*state, "running")) {
-            show(*state);
-        }
-    }
-    Result<Json> report = answer.get();
-    progress.finish();
-    if (!report && report.error().code() == ErrorCode::kCancelled) {
-        STELLARIUM_TRY(check_interrupt());
-    }
-    return report;
-}
 
 void show_collection(Progress& progress, const Json& state) {
     const std::string phase = text_field(state, "phase");

@@ -13,6 +13,7 @@
 #include <fmt/ranges.h>
 #include <unistd.h>
 
+#include "control/boot_json.h"
 #include "control/entity_json.h"
 #include "control/json.h"
 #include "control/suggest.h"
@@ -109,7 +110,8 @@ Result<void> check_query(const std::map<std::string, std::string, std::less<>>& 
                          std::string_view operation) {
     static const std::vector<QueryKeys> kTaken{{"diff", {"a", "b", "from", "limit"}},
                                                {"getContent", {"source"}},
-                                               {"listSnapshots", {"volume"}}};
+                                               {"listSnapshots", {"volume"}},
+                                               {"stopRecording", {"discard"}}};
     const auto found = std::ranges::find(kTaken, operation, &QueryKeys::operation);
     static const std::vector<std::string> kNone;
     const std::vector<std::string>& keys = found == kTaken.end() ? kNone : found->keys;
@@ -243,6 +245,8 @@ Response error_response(const Error& error) {
 struct ControlService::Impl {
     nova::Pool& pool;
     ServiceOptions options;
+    std::unique_ptr<boot::Boot> own_boot;  ///< Where the options have none.
+    boot::Boot& boot;
 
     /// Held from looking up what kind of thing a name is until the change to it is made, so that
     /// "remove the image x" cannot remove a volume that took the name in between.
@@ -250,6 +254,7 @@ struct ControlService::Impl {
 
     std::atomic<bool> gc_cancelled{false};
     std::atomic<bool> scrub_cancelled{false};
+    std::atomic<uint64_t> prefetches_cancelled{0};  ///< How often all that wait were.
     std::atomic<bool> stopping{false};
 
     std::mutex imports_mutex;
@@ -298,7 +303,7 @@ struct ControlService::Impl {
         RouteInfo info;
         Result<Response> (Impl::*handler)(Call&);
     };
-    static const std::array<Row, 36> kRows;
+    static const std::array<Row, 46> kRows;
 
     // --- Looking names up -----------------------------------------------------------------------
 
@@ -825,9 +830,105 @@ struct ControlService::Impl {
         }
         return fail(ErrorCode::kNotFound, fmt::format("'{}' is not attached", source));
     }
+
+    // --- Boots ----------------------------------------------------------------------------------
+
+    Result<Response> list_boots(Call&) {
+        Json array = Json::array();
+        for (const boot::ManifestEntry& entry : boot.list()) {
+            array.push_back(to_json(entry));
+        }
+        return json_response(200, array);
+    }
+
+    Result<Response> get_boot(Call& call) {
+        STELLARIUM_TRY(suggest(pool.find(call.values[0]), call.values[0]));
+        STELLARIUM_ASSIGN(const boot::ManifestView view, boot.show(call.values[0]));
+        return json_response(200, to_json(view));
+    }
+
+    Result<Response> set_boot(Call& call) {
+        STELLARIUM_ASSIGN(const Json body, body_of(call));
+        ObjectReader reader(body, "request body");
+        const boot::BootFiles files{.kernel = reader.optional_string("kernel"),
+                                    .initrd = reader.optional_string("initrd"),
+                                    .hints = reader.optional_string("hints")};
+        STELLARIUM_TRY(reader.finish());
+        STELLARIUM_TRY(suggest(pool.find(call.values[0]), call.values[0]));
+        STELLARIUM_ASSIGN(const boot::ManifestView view, boot.set_files(call.values[0], files));
+        return json_response(200, to_json(view));
+    }
+
+    Result<Response> remove_boot(Call& call) {
+        STELLARIUM_TRY(suggest(pool.find(call.values[0]), call.values[0]));
+        STELLARIUM_TRY(boot.remove(call.values[0]));
+        return empty_response();
+    }
+
+    Result<Response> list_recordings(Call&) {
+        Json array = Json::array();
+        for (const boot::RecordingStatus& status : boot.recordings()) {
+            array.push_back(to_json(status));
+        }
+        return json_response(200, array);
+    }
+
+    Result<void> need_daemon_to_record() const {
+        if (options.host != nullptr) {
+            return {};
+        }
+        return fail(ErrorCode::kUnavailable,
+                    fmt::format("no daemon serves this store, and only a daemon sees what guests "
+                                "read; start one with: stellariumd --store {}",
+                                options.directory));
+    }
+
+    Result<Response> start_recording(Call& call) {
+        STELLARIUM_TRY(suggest(pool.find(call.values[0]), call.values[0]));
+        STELLARIUM_TRY(need_daemon_to_record());
+        STELLARIUM_ASSIGN(const boot::RecordingStatus status, boot.record(call.values[0]));
+        return json_response(201, to_json(status));
+    }
+
+    Result<Response> stop_recording(Call& call) {
+        const std::string discard = call.parameter("discard");
+        if (!discard.empty() && discard != "true" && discard != "false") {
+            return fail(ErrorCode::kInvalidArgument,
+                        "the parameter 'discard' must be true or false");
+        }
+        STELLARIUM_TRY(need_daemon_to_record());
+        STELLARIUM_ASSIGN(const boot::RecordingStatus status,
+                          boot.stop(call.values[0], discard == "true"));
+        return json_response(200, to_json(status));
+    }
+
+    Result<Response> get_prefetch(Call&) { return json_response(200, to_json(boot.stats())); }
+
+    Result<Response> start_prefetch(Call& call) {
+        STELLARIUM_ASSIGN(const Json body, body_of(call));
+        ObjectReader reader(body, "request body");
+        const std::string source = reader.required_string("source");
+        const bool all = reader.optional_bool("all").value_or(false);
+        STELLARIUM_TRY(reader.finish());
+        STELLARIUM_TRY(suggest(pool.find(source), source));
+        const uint64_t cancelled = prefetches_cancelled;
+        STELLARIUM_ASSIGN(const boot::StageReport report,
+                          boot.prefetch(source, {.all = all, .cancelled = [this, cancelled] {
+                                                     return stopping ||
+                                                            prefetches_cancelled != cancelled;
+                                                 }}));
+        Json answer{{"source", source}};
+        answer.update(to_json(report));
+        return json_response(200, answer);
+    }
+
+    Result<Response> cancel_prefetch(Call&) {
+        ++prefetches_cancelled;
+        return empty_response();
+    }
 };
 
-const std::array<ControlService::Impl::Row, 36> ControlService::Impl::kRows{{
+const std::array<ControlService::Impl::Row, 46> ControlService::Impl::kRows{{
     {{"GET", "/v1/version", "getVersion", 200}, &Impl::get_version},
     {{"GET", "/v1/store", "getStore", 200}, &Impl::get_store},
     {{"GET", "/v1/stats", "getStats", 200}, &Impl::get_stats},
@@ -866,22 +967,43 @@ const std::array<ControlService::Impl::Row, 36> ControlService::Impl::kRows{{
     {{"PUT", "/v1/attachments/{source}", "attach", 201}, &Impl::attach},
     {{"DELETE", "/v1/attachments/{source}", "detach", 200}, &Impl::detach},
     {{"PUT", "/v1/attachments/{source}/limits", "setLimits", 200}, &Impl::set_limits},
+    {{"GET", "/v1/boots", "listBoots", 200}, &Impl::list_boots},
+    {{"GET", "/v1/boots/{source}", "getBoot", 200}, &Impl::get_boot},
+    {{"PUT", "/v1/boots/{source}", "setBoot", 200}, &Impl::set_boot},
+    {{"DELETE", "/v1/boots/{source}", "removeBoot", 204}, &Impl::remove_boot},
+    {{"POST", "/v1/boots/{source}/recording", "startRecording", 201}, &Impl::start_recording},
+    {{"DELETE", "/v1/boots/{source}/recording", "stopRecording", 200}, &Impl::stop_recording},
+    {{"GET", "/v1/recordings", "listRecordings", 200}, &Impl::list_recordings},
+    {{"GET", "/v1/prefetch", "getPrefetch", 200}, &Impl::get_prefetch},
+    {{"POST", "/v1/prefetch", "prefetch", 200}, &Impl::start_prefetch},
+    {{"DELETE", "/v1/prefetch", "cancelPrefetch", 204}, &Impl::cancel_prefetch},
 }};
 
-ControlService::ControlService(nova::Pool& pool, ServiceOptions options)
-    : impl_(new Impl{.pool = pool,
-                     .options = std::move(options),
-                     .names_mutex = {},
-                     .gc_cancelled = false,
-                     .scrub_cancelled = false,
-                     .stopping = false,
-                     .imports_mutex = {},
-                     .imports = {}}) {}
+ControlService::ControlService(nova::Pool& pool, ServiceOptions options) {
+    std::unique_ptr<boot::Boot> own_boot;
+    if (options.boot == nullptr) {
+        own_boot = std::make_unique<boot::Boot>(pool, *io::real_env().clock, boot::BootOptions{});
+        options.boot = own_boot.get();
+    }
+    boot::Boot& boot = *options.boot;
+    impl_.reset(new Impl{.pool = pool,
+                         .options = std::move(options),
+                         .own_boot = std::move(own_boot),
+                         .boot = boot,
+                         .names_mutex = {},
+                         .gc_cancelled = false,
+                         .scrub_cancelled = false,
+                         .prefetches_cancelled = 0,
+                         .stopping = false,
+                         .imports_mutex = {},
+                         .imports = {}});
+}
 
 ControlService::~ControlService() = default;
 
 void ControlService::stop_long_work() {
     impl_->stopping = true;
+    impl_->boot.stop_staging();
 }
 
 std::span<const RouteInfo> ControlService::routes() {

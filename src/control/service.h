@@ -18,6 +18,7 @@
 #include <span>
 #include <string_view>
 
+#include "boot/boot.h"
 #include "control/attachment.h"
 #include "control/message.h"
 #include "nova/pool.h"
@@ -45,6 +46,7 @@ struct RouteInfo {
 
 struct ServiceOptions {
     AttachmentHost* host = nullptr;  ///< nullptr: no daemon; attaching is refused.
+    boot::Boot* boot = nullptr;      ///< nullptr: one of its own, without a thread.
     std::string version;             ///< Of the program, for GET /v1/version.
     std::string directory;           ///< Of the store.
     std::string socket;              ///< Control socket; "" for none.

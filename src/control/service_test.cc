@@ -610,6 +610,33 @@ TEST_F(OpenApiTest, RealAnswersMatchTheirSchemas) {
     check("DELETE", volume, "/v1/volumes/c", "", 409);
     check("PUT", "/v1/attachments/{source}", "/v1/attachments/i", "{}", 403);
     check("DELETE", "/v1/attachments/{source}", "/v1/attachments/c", "", 200);
+    const std::string boot = "/v1/boots/{source}";
+    const std::string recording = "/v1/boots/{source}/recording";
+    check("GET", boot, "/v1/boots/c", "", 404);
+    check("DELETE", boot, "/v1/boots/c", "", 404);
+    check("POST", recording, "/v1/boots/c/recording", "", 400);
+    check("DELETE", recording, "/v1/boots/c/recording", "", 404);
+    {
+        const auto device = must(pool_->attach("c", {}));
+        check("POST", recording, "/v1/boots/c/recording", "", 201);
+        check("POST", recording, "/v1/boots/c/recording", "", 409);
+        check("GET", "/v1/recordings", "/v1/recordings", "", 200);
+        check("DELETE", recording, "/v1/boots/c/recording?discard=perhaps", "", 400);
+        std::vector<std::byte> page(4096);
+        const iovec part{.iov_base = page.data(), .iov_len = page.size()};
+        must(device->read(0, std::span(&part, 1), IoMode::kMayBlock));
+        check("DELETE", recording, "/v1/boots/c/recording", "", 200);
+    }
+    check("PUT", boot, "/v1/boots/i", R"({"kernel":"i2","hints":"quiet"})", 200);
+    check("PUT", boot, "/v1/boots/i", R"({"initrd":"c"})", 400);
+    check("GET", boot, "/v1/boots/c", "", 200);
+    check("GET", "/v1/boots", "/v1/boots", "", 200);
+    check("POST", "/v1/prefetch", "/v1/prefetch", R"({"source":"c"})", 200);
+    check("POST", "/v1/prefetch", "/v1/prefetch", R"({"source":"v"})", 404);
+    check("POST", "/v1/prefetch", "/v1/prefetch", R"({"source":"v","all":true})", 200);
+    check("GET", "/v1/prefetch", "/v1/prefetch", "", 200);
+    check("DELETE", "/v1/prefetch", "/v1/prefetch", "", 204);
+    check("DELETE", boot, "/v1/boots/i", "", 204);
     check("GET", "/v1/version", "/v1/version", "", 200);
     check("GET", "/v1/store", "/v1/store", "", 200);
     check("GET", "/v1/stats", "/v1/stats", "", 200);

@@ -60,6 +60,9 @@ std::vector<std::string> apply_settings(const control::Json& settings, DaemonCon
         }
         config.verify_always = *verify == "always";
     }
+    if (const auto prefetch = reader.optional_bool("boot_prefetch")) {
+        config.boot_prefetch = *prefetch;
+    }
     if (const auto automatic = reader.optional_bool("gc")) {
         config.gc.automatic = *automatic;
     }

@@ -51,6 +51,7 @@ struct DaemonConfig {
     uint64_t writeback_age_ms = 5000;
     uint64_t threads = 0;  ///< Serving guests; 0: one for each processor.
     bool verify_always = false;
+    bool boot_prefetch = true;  ///< Of what is attached and has a boot manifest.
     nova::GcPolicy gc{};
     nova::ScrubPolicy scrub{.every = std::chrono::days(30)};
     bool allow_unsafe_file_system = false;

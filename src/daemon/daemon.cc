@@ -15,6 +15,7 @@
 #include <systemd/sd-daemon.h>
 #include <unistd.h>
 
+#include "boot/boot.h"
 #include "control/client.h"
 #include "control/locations.h"
 #include "control/service.h"
@@ -253,16 +254,25 @@ Result<void> serve(const DaemonConfig& config, const std::string& version, nova:
                                    .threads = static_cast<unsigned>(config.threads)},
                     log);
     }
+    boot::Boot boot(pool, *io::real_env().clock,
+                    {.background = true,
+                     .prefetch_attached = config.boot_prefetch,
+                     .notice = [&log](const std::string& sentence) {
+                         log.warning("boot", {{"message", sentence}});
+                     }});
     VhostHost host(pool,
                    {.runtime_directory = config.runtime_directory,
                     .socket_gid = config.socket_gid,
                     .data_threads = static_cast<unsigned>(config.threads),
-                    .descriptors = std::make_shared<Budget>(max_descriptors - descriptors)},
+                    .descriptors = std::make_shared<Budget>(max_descriptors - descriptors),
+                    .attached = [&boot](const std::string& source) { boot.attached(source); }},
                    log);
-    Metrics metrics(pool, host, nbd ? &*nbd : nullptr, version);
-    control::ControlService service(
-        pool,
-        {.host = &host, .version = version, .directory = config.store, .socket = config.socket});
+    Metrics metrics(pool, host, boot, nbd ? &*nbd : nullptr, version);
+    control::ControlService service(pool, {.host = &host,
+                                           .boot = &boot,
+                                           .version = version,
+                                           .directory = config.store,
+                                           .socket = config.socket});
     DaemonHandler handler(service, metrics, log);
     MetricsHandler public_handler(metrics);
     HttpServer server({.max_held_bytes = held_bytes_of(config.memory_bytes)});

@@ -64,7 +64,7 @@ TEST(Config, TakesEverythingAndTheCommandLineWins) {
     EXPECT_EQ(apply_settings(json(R"({
         "store": "/srv/a", "socket": "/run/a.sock", "runtime_dir": "/run/a",
         "metrics_listen": "[::1]:9464", "memory": "1GiB", "writeback_age_ms": 100, "threads": 3,
-        "verify": "always", "gc": false, "gc_dead_percent": 40, "gc_min_dead": "1GiB",
+        "verify": "always", "boot_prefetch": false, "gc": false, "gc_dead_percent": 40, "gc_min_dead": "1GiB",
         "gc_rate": 0, "low_space_percent": 5, "allow_unsafe_file_system": true, "log_level": "debug",
         "log_format": "json", "sandbox": "require", "user": "somebody"})"),
                              config),
@@ -77,6 +77,7 @@ TEST(Config, TakesEverythingAndTheCommandLineWins) {
     EXPECT_EQ(config.writeback_age_ms, 100U);
     EXPECT_EQ(config.threads, 3U);
     EXPECT_TRUE(config.verify_always && config.allow_unsafe_file_system);
+    EXPECT_FALSE(config.boot_prefetch);
     EXPECT_FALSE(config.gc.automatic);
     EXPECT_EQ(config.gc.dead_share, 0.4);
     EXPECT_EQ(config.gc.min_dead_bytes, kGiB);
@@ -839,7 +840,8 @@ TEST_F(HostTest, MetricsNameEachDevice) {
     Guest guest(attached.socket);
     guest.write(0, random_bytes(8192, 5));
     guest.flush();
-    Metrics metrics(*pool_, *host_, nullptr, "1.2.3");
+    boot::Boot boot(*pool_, *io::real_env().clock, {});
+    Metrics metrics(*pool_, *host_, boot, nullptr, "1.2.3");
     metrics.observe_request("GET", 200, 0.01);
     metrics.observe_request("BREW\"\n", 400, 0.01);
     const std::string page = metrics.text();
@@ -847,6 +849,7 @@ TEST_F(HostTest, MetricsNameEachDevice) {
          {"stellarium_build_info{version=\"1.2.3\"} 1\n", "stellarium_volumes 1\n",
           "stellarium_device_connected{volume=\"web\"} 1\n",
           "stellarium_device_throttled_requests_total{volume=\"web\"} 0\n",
+          "stellarium_prefetches_total 0\n", "stellarium_boot_recordings 0\n",
           "stellarium_device_throttled_seconds_total{volume=\"web\"} 0\n",
           "stellarium_device_bytes_total{volume=\"web\",request=\"write\"} 8192\n",
           "stellarium_device_request_seconds_count{volume=\"web\",request=\"flush\"} 1\n",

@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 #include <sys/resource.h>
 
+#include "boot/limits.h"
 #include "frontend/vhost/limits.h"
 #include "nebula/segment.h"
 
@@ -24,7 +25,8 @@ uint64_t mappings_needed() {
 uint64_t memory_besides(uint64_t memory_bytes, uint64_t hash_threads) {
     return kProgramBytes + kCommitMemoryBytes + kLongRequestBytes + held_bytes_of(memory_bytes) +
            uint64_t{kMaxConnections + kMaxTcpConnections} * kConnectionBytes +
-           uint64_t{kMaxStreams} * (kStreamBytes + import_bytes(hash_threads));
+           uint64_t{kMaxStreams} * (kStreamBytes + import_bytes(hash_threads)) +
+           boot::kMaxRecordings * boot::kRecordingBytes + boot::kMergeBytes + boot::kStageReadBytes;
 }
 
 uint64_t memory_that_fits(uint64_t wanted_bytes, uint64_t room_bytes) {

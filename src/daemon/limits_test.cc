@@ -12,6 +12,7 @@
 
 #include "base/rate_limits.h"
 #include "base/units.h"
+#include "boot/limits.h"
 #include "control/service.h"
 #include "frontend/nbd/limits.h"
 #include "frontend/vhost/limits.h"
@@ -48,6 +49,16 @@ std::map<std::string, std::string> limits_of_the_code() {
         {"kHttpWorkers", count(kHttpWorkers)},
         {"kCommitBytes", bytes(nova::kCommitBytes)},
         {"kMaxRunsPerBatch", count(nova::kMaxRunsPerBatch)},
+        {"kMaxRecordings", count(boot::kMaxRecordings)},
+        {"kRecordingBytes", bytes(boot::kRecordingBytes)},
+        {"kMaxTraces", count(boot::kMaxTraces)},
+        {"kMaxTraceRuns", count(boot::kMaxTraceRuns)},
+        {"kMaxTracePages", count(boot::kMaxTracePages)},
+        {"kMergeBytes", bytes(boot::kMergeBytes)},
+        {"kStageReadBytes", bytes(boot::kStageReadBytes)},
+        {"kMaxWaitingPrefetches", count(boot::kMaxWaitingPrefetches)},
+        {"kMaxBootManifestBytes", bytes(nova::kMaxBootManifestBytes)},
+        {"kMaxBootManifests", count(nova::kMaxBootManifests)},
         {"kCommitMemoryBytes", bytes(kCommitMemoryBytes)},
         {"kProgramBytes", bytes(kProgramBytes)},
         {"kMaxQueues", count(vhost::kMaxQueues)},

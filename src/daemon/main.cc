@@ -129,6 +129,9 @@ int run(int argc, char** argv) {
     text_option("--verify", "verify",
                 "check chunks against their ids at the 'first' read (default) or 'always'", "WHEN");
     app.add_flag_function(
+        "--no-boot-prefetch", [&given](int64_t) { given["boot_prefetch"] = false; },
+        "do not stage what a boot will read when a volume is attached");
+    app.add_flag_function(
         "--no-gc", [&given](int64_t) { given["gc"] = false; },
         "collect garbage only when asked to");
     number_option("--gc-dead-percent", "gc_dead_percent",

@@ -169,6 +169,26 @@ void add_scrubs(Page& page, const nova::PoolStats& stats) {
                seconds(scrub.next_due));
 }
 
+void add_boots(Page& page, const boot::BootStats& stats) {
+    page.gauge("stellarium_boot_recordings", "Boots that are being recorded.",
+               real(stats.recordings));
+    page.gauge("stellarium_prefetch_running", "1 while something is staged.",
+               stats.staging ? 1 : 0);
+    page.gauge("stellarium_prefetch_waiting", "What is to be staged after it.",
+               real(stats.waiting));
+    page.counter("stellarium_prefetches_total", "Prefetches that were completed.",
+                 stats.prefetches);
+    page.counter("stellarium_prefetches_joined_total",
+                 "Attachments for which the prefetch of another clone was enough.", stats.joined);
+    page.counter("stellarium_prefetch_failures_total", "Prefetches that failed.", stats.failures);
+    page.counter("stellarium_prefetch_bytes_total", "Bytes staged and checked by prefetches.",
+                 stats.staged_bytes);
+    page.counter("stellarium_prefetch_reads_total", "Reads that they took.", stats.reads);
+    page.start("stellarium_prefetch_seconds_total", "Time that prefetches took.",
+               MetricType::Counter);
+    page.sample({}, std::chrono::duration<double>(stats.duration).count());
+}
+
 void add_devices(Page& page, const VhostHost& host) {
     const std::vector<vhost::AttachmentStatus> devices = host.device_status();
     std::vector<std::string> sources;
@@ -252,12 +272,17 @@ void add_nbd(Page& page, const NbdHost& host) {
 }  // namespace
 
 struct Metrics::Impl {
-    Impl(const nova::Pool& pool_in, const VhostHost& host_in, const NbdHost* nbd_in,
-         std::string version_in)
-        : pool(pool_in), host(host_in), nbd(nbd_in), version(std::move(version_in)) {}
+    Impl(const nova::Pool& pool_in, const VhostHost& host_in, const boot::Boot& boot_in,
+         const NbdHost* nbd_in, std::string version_in)
+        : pool(pool_in),
+          host(host_in),
+          boot(boot_in),
+          nbd(nbd_in),
+          version(std::move(version_in)) {}
 
     const nova::Pool& pool;
     const VhostHost& host;
+    const boot::Boot& boot;
     const NbdHost* nbd;
     std::string version;
     prometheus::Registry registry;
@@ -268,9 +293,9 @@ struct Metrics::Impl {
             .Register(registry);
 };
 
-Metrics::Metrics(const nova::Pool& pool, const VhostHost& host, const NbdHost* nbd,
-                 std::string version)
-    : impl_(std::make_unique<Impl>(pool, host, nbd, std::move(version))) {}
+Metrics::Metrics(const nova::Pool& pool, const VhostHost& host, const boot::Boot& boot,
+                 const NbdHost* nbd, std::string version)
+    : impl_(std::make_unique<Impl>(pool, host, boot, nbd, std::move(version))) {}
 
 Metrics::~Metrics() = default;
 
@@ -293,6 +318,7 @@ std::string Metrics::text() const {
     add_pool(page, stats);
     add_collections(page, stats);
     add_scrubs(page, stats);
+    add_boots(page, impl_->boot.stats());
     add_devices(page, impl_->host);
     if (impl_->nbd != nullptr) {
         add_nbd(page, *impl_->nbd);

@@ -15,6 +15,7 @@
 #include <string>
 #include <string_view>
 
+#include "boot/boot.h"
 #include "daemon/nbd_host.h"
 #include "daemon/vhost_host.h"
 #include "nova/pool.h"
@@ -23,8 +24,9 @@ namespace stellarium::daemon {
 
 class Metrics {
   public:
-    /// Borrows pool and hosts; `nbd` may be null.
-    Metrics(const nova::Pool& pool, const VhostHost& host, const NbdHost* nbd, std::string version);
+    /// Borrows pool, hosts and boot; `nbd` may be null.
+    Metrics(const nova::Pool& pool, const VhostHost& host, const boot::Boot& boot,
+            const NbdHost* nbd, std::string version);
     ~Metrics();
 
     void observe_request(std::string_view method, int status, double seconds);

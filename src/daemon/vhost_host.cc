@@ -239,6 +239,9 @@ Result<AttachmentStatus> VhostHost::attach(std::string_view source,
     log_.info("attached", {{"source", std::string(source)}, {"socket", entry.socket}});
     AttachmentStatus status = status_of(id, std::string(source), entry);
     release(id, std::move(entry));
+    if (options_.attached) {
+        options_.attached(std::string(source));
+    }
     return status;
 }
 

@@ -13,6 +13,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <future>
 #include <map>
 #include <memory>
@@ -37,6 +38,8 @@ struct VhostHostOptions {
     /// Descriptors for attachments and their guests; one that would need more is refused. Shared
     /// with other frontends. Empty: no bound.
     std::shared_ptr<Budget> descriptors{};
+    /// Told what has been attached by attach(), not by start(): its guest is about to boot.
+    std::function<void(const std::string& source)> attached{};
 };
 
 class VhostHost final : public control::AttachmentHost {
