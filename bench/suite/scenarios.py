@@ -727,6 +727,104 @@ def boot_replay(bench):
              "is in the page cache, and the server has just been started; warm: once more.")
 
 
+def boot_prefetch(bench):
+    count = 10 if bench.small else 100
+    image = bench.whole_image()
+    name = numbered("staged-")
+
+    def reads():
+        return bench.once("reads", lambda: boot_reads(bench, image))
+
+    def store():
+        """A store with the image and the manifest of one boot of it."""
+        engine = bench.stack.enter_context(Engine(bench.build))
+        engine.run("init")
+        engine.run("image", "import", "base", image)
+        with served.Ours(engine) as daemon:
+            daemon.clone("base", "recorded")
+            socket = daemon.attach("recorded")
+            daemon.api.call("POST", "/v1/boots/recorded/recording", {})
+            served.load(bench.blkbench, [socket], "--replay", reads(), "--depth", 4)
+            daemon.api.call("DELETE", "/v1/boots/recorded/recording")
+            daemon.drop("recorded")
+        return engine
+
+    def ours(number, staged):
+        def run():
+            engine = bench.once("staged store", store)
+            clones = [name() for _ in range(number)]
+            with served.Ours(engine, "--no-boot-prefetch") as daemon:
+                daemon.clone("base", *clones)
+                sockets = [daemon.attach(clone) for clone in clones]
+            with served.Ours(engine, "--no-boot-prefetch") as daemon:
+                peers.sync_file_system(bench.work)
+                for path in engine.store.rglob("*"):
+                    peers.forget(path)
+                figures = {}
+                if staged:
+                    report, figures["prefetch"] = daemon.api.call("POST", "/v1/prefetch",
+                                                                  {"source": clones[0]})
+                    figures["staged bytes"] = report["staged_bytes"]
+                options = ("--replay", reads(), "--depth", 4)
+                figures["cold"] = served.load(bench.blkbench, sockets, *options)["seconds"]
+                figures["warm"] = served.load(bench.blkbench, sockets, *options)["seconds"]
+                daemon.drop(*clones)
+            return figures
+        return run
+
+    def qcow2():
+        folder = peers.fresh(bench.work / "overlays")
+        paths = [folder / f"{each}.qcow2" for each in range(count)]
+        for path in paths:
+            peers.run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", image, path)
+        with served.QemuStorageDaemon.overlays([path.with_suffix(".sock") for path in paths], image,
+                                               paths) as server:
+            peers.sync_file_system(bench.work)
+            peers.forget(image)
+            return served.load(bench.blkbench, server.sockets, "--replay", reads(), "--depth",
+                               4)["seconds"]
+
+    def disk():
+        """Reads as many bytes as a boot does, in sequence, of a file that is not in memory."""
+        size_bytes = sum(int(line.split()[1]) for line in reads().read_text().splitlines())
+        path = bench.random_file(max(MIB, size_bytes // MIB * MIB))
+        peers.sync_file_system(bench.work)
+        peers.forget(path)
+        begin = time.monotonic()
+        with open(path, "rb", buffering=0) as file:
+            while file.read(MIB):
+                pass
+        return time.monotonic() - begin
+
+    variants = {"the disk's own sequential read": disk, f"{count} qcow2 overlays, cold": qcow2}
+    units = {}
+    for number in (1, count):
+        who = "one clone" if number == 1 else f"{count} clones"
+        staged, plain = Together(ours(number, True)), Together(ours(number, False))
+        variants[f"{who}, staged before"] = staged.variant("cold")
+        variants[f"{who}, staged before, warm"] = staged.variant("warm")
+        variants[f"{who}, not staged"] = plain.variant("cold")
+        if number == 1:
+            variants["prefetch"] = staged.variant("prefetch")
+            variants["staged bytes"] = staged.variant("staged bytes")
+            units["staged bytes"] = "bytes"
+    return Scenario(
+        "boot-prefetch", "What a guest reads as it boots, staged from its boot manifest", "s",
+        variants,
+        [Target("staged before it starts, no slower than warm", 1.15,
+                lambda m: m["one clone, staged before"] / m["one clone, staged before, warm"],
+                at_most=True),
+         Target("many clones, beside qcow2 overlays of one base", 0.5,
+                lambda m: m[f"{count} clones, staged before"] / m[f"{count} qcow2 overlays, cold"],
+                at_most=True)],
+        units=units,
+        note="The reads of boot-replay, 4 in flight for each guest; nothing of the store's or the "
+             "images' files is in the page cache at first, and the server has just been started. "
+             "Staged before: `stellarctl prefetch` of one clone has returned when the guests "
+             "start; what that took is the row 'prefetch', beside a sequential read of as many "
+             "bytes as the guest asked for.")
+
+
 def density(bench):
     wanted = 100 if bench.small else 10000
     image = bench.random_file(16 * MIB)
@@ -861,6 +959,7 @@ SCENARIOS = {
     "group-commit": group_commit,
     "noisy-neighbour": noisy_neighbour,
     "boot-replay": boot_replay,
+    "boot-prefetch": boot_prefetch,
     "density": density,
     "layers": layers,
     "index": index,
