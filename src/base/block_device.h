@@ -22,13 +22,9 @@
 #include <sys/uio.h>
 
 #include "base/error.h"
+#include "base/io_mode.h"
 
 namespace stellarium {
-
-enum class IoMode : uint8_t {
-    kMayBlock,  ///< Wait for the disk or for buffer space as long as it takes.
-    kNoWait,    ///< Return kWouldBlock instead of waiting; nothing has happened then.
-};
 
 class BlockDevice {
   public:

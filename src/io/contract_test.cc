@@ -139,7 +139,7 @@ TYPED_TEST(ContractTest, ScatteredAndGatheredTransfers) {
     std::vector<std::byte> y(5'000);
     const std::vector<iovec> into{{.iov_base = x.data(), .iov_len = x.size()},
                                   {.iov_base = y.data(), .iov_len = y.size()}};
-    EXPECT_EQ(file->preadv(into, 4'000, false).value(), 13'193U);
+    EXPECT_EQ(file->preadv(into, 4'000, IoMode::kMayBlock).value(), 13'193U);
     EXPECT_EQ(std::memcmp(x.data(), a.data(), 3), 0);
     EXPECT_EQ(std::memcmp(x.data() + 3, b.data(), b.size()), 0);
     EXPECT_EQ(y, c);
@@ -157,13 +157,23 @@ TYPED_TEST(ContractTest, MoreBuffersThanTheSystemTakesAtOnce) {
     EXPECT_EQ(contents(*file), bytes);
 }
 
+TYPED_TEST(ContractTest, ReadsOfACallerWhoKeepsTheBytesGiveThem) {
+    const auto file = this->create("a");
+    const auto bytes = pattern(10'000, 1);
+    STELLARIUM_ASSERT_OK(write_all(*file, bytes, 0));
+    std::vector<std::byte> into(10'000);
+    const iovec part{.iov_base = into.data(), .iov_len = into.size()};
+    EXPECT_EQ(file->preadv(std::span(&part, 1), 0, IoMode::kMayBlockOnce).value(), 10'000U);
+    EXPECT_EQ(into, bytes);
+}
+
 TYPED_TEST(ContractTest, NoWaitReadsGiveTheBytesOrSayThatTheyWouldBlock) {
     const auto file = this->create("a");
     const auto bytes = pattern(4'096, 1);
     STELLARIUM_ASSERT_OK(write_all(*file, bytes, 0));
     std::vector<std::byte> into(4'096);
     const iovec part{.iov_base = into.data(), .iov_len = into.size()};
-    const auto got = file->preadv(std::span(&part, 1), 0, true);
+    const auto got = file->preadv(std::span(&part, 1), 0, IoMode::kNoWait);
     if (got) {
         ASSERT_GT(*got, 0U);
         EXPECT_EQ(std::memcmp(into.data(), bytes.data(), *got), 0);

@@ -36,6 +36,7 @@
 
 #include "base/bytes.h"
 #include "base/error.h"
+#include "base/io_mode.h"
 
 namespace stellarium::io {
 
@@ -77,7 +78,7 @@ class File {
     virtual Result<size_t> pread(MutableBytes into, uint64_t offset_bytes) = 0;
     /// Scattered pread. kNoWait: kWouldBlock when the bytes are not in memory.
     virtual Result<size_t> preadv(std::span<const iovec> into, uint64_t offset_bytes,
-                                  bool no_wait) = 0;
+                                  IoMode mode) = 0;
     /// Writes up to from.size() bytes, extending the file; may be short.
     virtual Result<size_t> pwrite(Bytes from, uint64_t offset_bytes) = 0;
     virtual Result<size_t> pwritev(std::span<const iovec> from, uint64_t offset_bytes,

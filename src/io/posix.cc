@@ -134,13 +134,20 @@ class PosixFile final : public File {
     }
 
     Result<size_t> preadv(std::span<const iovec> into, uint64_t offset_bytes,
-                          bool no_wait) override {
+                          IoMode mode) override {
         const int count = static_cast<int>(std::min<size_t>(into.size(), IOV_MAX));
-        const ssize_t got = ::preadv2(descriptor_.get(), into.data(), count, to_off(offset_bytes),
-                                      no_wait ? RWF_NOWAIT : 0);
+        const auto read = [&](int flags) {
+            return ::preadv2(descriptor_.get(), into.data(), count, to_off(offset_bytes), flags);
+        };
+        const bool once = mode == IoMode::kMayBlockOnce && streams_.load(std::memory_order_relaxed);
+        ssize_t got = read(once ? kDontCache : mode == IoMode::kNoWait ? RWF_NOWAIT : 0);
+        if (got < 0 && once && errno == EOPNOTSUPP) {
+            streams_.store(false, std::memory_order_relaxed);  // This kernel or file system cannot.
+            got = read(0);
+        }
         if (got < 0) {
             // A file system that cannot promise not to wait is asked again by a thread that may.
-            const int error = errno == EOPNOTSUPP && no_wait ? EAGAIN : errno;
+            const int error = errno == EOPNOTSUPP && mode == IoMode::kNoWait ? EAGAIN : errno;
             return failed_at(error, "read", path_, offset_bytes);
         }
         return static_cast<size_t>(got);

@@ -337,12 +337,13 @@ class SimulatedFile final : public File {
 
     Result<size_t> pread(MutableBytes into, uint64_t offset_bytes) override {
         const iovec one{.iov_base = into.data(), .iov_len = into.size()};
-        return preadv(std::span(&one, 1), offset_bytes, false);
+        return preadv(std::span(&one, 1), offset_bytes, IoMode::kMayBlock);
     }
 
     Result<size_t> preadv(std::span<const iovec> into, uint64_t offset_bytes,
-                          bool no_wait) override {
-        const OperationKind kind = no_wait ? OperationKind::kReadNoWait : OperationKind::kRead;
+                          IoMode mode) override {
+        const OperationKind kind =
+            mode == IoMode::kNoWait ? OperationKind::kReadNoWait : OperationKind::kRead;
         state_->notify(kind, path_);
         const std::lock_guard guard(state_->mutex);
         STELLARIUM_ASSIGN(const Admission admission, admit(kind, "read", false));

@@ -67,7 +67,7 @@ namespace stellarium::io {
 enum class OperationKind : uint8_t {
     kOpen,
     kRead,        ///< pread, and preadv that may wait.
-    kReadNoWait,  ///< preadv with no_wait.
+    kReadNoWait,  ///< preadv with IoMode::kNoWait.
     kWrite,       ///< pwrite, pwritev.
     kDatasync,
     kTruncate,

@@ -514,7 +514,7 @@ TEST_F(SimulatedTest, EveryKindOfOperationCanFail) {
         std::vector<std::byte> into(10);
         STELLARIUM_TRY(read_exact(*file, into, 0));
         const iovec part{.iov_base = into.data(), .iov_len = into.size()};
-        STELLARIUM_TRY(file->preadv(std::span(&part, 1), 0, true));
+        STELLARIUM_TRY(file->preadv(std::span(&part, 1), 0, IoMode::kNoWait));
         STELLARIUM_TRY(files.rename("/d/a", "/d/b"));
         STELLARIUM_TRY(files.sync_directory("/d"));
         STELLARIUM_TRY(files.list("/d"));
@@ -613,8 +613,9 @@ TEST_F(SimulatedTest, ColdReadsWouldBlock) {
     files_.inject({.kind = OperationKind::kReadNoWait, .path_part = {}, .errno_value = EAGAIN});
     std::vector<std::byte> into(100);
     const iovec part{.iov_base = into.data(), .iov_len = into.size()};
-    STELLARIUM_EXPECT_FAILS(file->preadv(std::span(&part, 1), 0, true), ErrorCode::kWouldBlock);
-    EXPECT_EQ(file->preadv(std::span(&part, 1), 0, true).value(), 100U);
+    STELLARIUM_EXPECT_FAILS(file->preadv(std::span(&part, 1), 0, IoMode::kNoWait),
+                            ErrorCode::kWouldBlock);
+    EXPECT_EQ(file->preadv(std::span(&part, 1), 0, IoMode::kNoWait).value(), 100U);
     EXPECT_EQ(into, pattern(100, 1));
 }
 

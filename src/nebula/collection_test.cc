@@ -84,7 +84,7 @@ class CollectionTest : public ::testing::Test {
     ErrorCode read_code(PageAddress address) {
         ByteVector page(kPageBytes);
         const iovec into{page.data(), page.size()};
-        const auto read = store_->read(address, std::span(&into, 1), false);
+        const auto read = store_->read(address, std::span(&into, 1), IoMode::kMayBlock);
         EXPECT_FALSE(read);
         return read ? ErrorCode::kIo : read.error().code();
     }

@@ -134,8 +134,9 @@ TEST_F(ScrubTest, RotIsFoundRememberedAndHealsWhenTheContentComesAgain) {
         EXPECT_EQ(read_chunk(*store_, chunk.id).value(), chunk.bytes);
         ByteVector page(kPageBytes);
         const iovec into{page.data(), page.size()};
-        EXPECT_EQ(store_->read(chunk_address, std::span(&into, 1), false).error().code(),
-                  ErrorCode::kStale)
+        EXPECT_EQ(
+            store_->read(chunk_address, std::span(&into, 1), IoMode::kMayBlock).error().code(),
+            ErrorCode::kStale)
             << "look again, there is a better one";
         EXPECT_EQ(store_->damaged()->size(), 1U);
     };

@@ -91,13 +91,13 @@ std::optional<uint32_t> parse_segment_file_name(std::string_view name) {
 }
 
 Result<void> read_exact_into(io::File& file, std::span<const iovec> into, uint64_t offset_bytes,
-                             bool no_wait) {
+                             IoMode mode) {
     std::vector<iovec> rest_storage;
     std::span<const iovec> rest = into;
     size_t left = total_bytes(into);
     int interruptions = 0;
     while (left > 0) {
-        const auto got = file.preadv(rest, offset_bytes, no_wait);
+        const auto got = file.preadv(rest, offset_bytes, mode);
         if (!got) {
             if (got.error().code() == ErrorCode::kInterrupted &&
                 ++interruptions < kMaxInterruptionsInARow) {
@@ -934,7 +934,7 @@ std::string SegmentSet::metadata_damage(Segment& segment) {
 }
 
 Result<void> SegmentSet::read_pages(Segment& segment, uint32_t page, std::span<const iovec> into,
-                                    ReadCheck check, bool no_wait) {
+                                    ReadCheck check, IoMode mode) {
     const size_t bytes = total_bytes(into);
     assert(bytes % kPageBytes == 0);
     const size_t pages = bytes / kPageBytes;
@@ -948,20 +948,20 @@ Result<void> SegmentSet::read_pages(Segment& segment, uint32_t page, std::span<c
     }
     const bool checked =
         check == ReadCheck::kFirst && segment.is_verified(page, static_cast<uint32_t>(pages));
-    if (no_wait && (!checked || !has_open_file(segment))) {
+    if (mode == IoMode::kNoWait && (!checked || !has_open_file(segment))) {
         return fail(ErrorCode::kWouldBlock,
                     fmt::format("{}: pages from {} on are not checked yet, or the file is not open",
                                 path(segment.number()), page));
     }
     if (checked) {
         STELLARIUM_ASSIGN(const auto open_file, file(segment));
-        return read_exact_into(*open_file, into, page_offset(page), no_wait);
+        return read_exact_into(*open_file, into, page_offset(page), mode);
     }
-    return read_checked(segment, page, into);
+    return read_checked(segment, page, into, mode);
 }
 
-Result<void> SegmentSet::read_checked(Segment& segment, uint32_t page,
-                                      std::span<const iovec> into) {
+Result<void> SegmentSet::read_checked(Segment& segment, uint32_t page, std::span<const iovec> into,
+                                      IoMode mode) {
     const auto end = page + static_cast<uint32_t>(total_bytes(into) / kPageBytes);
     STELLARIUM_ASSIGN(const auto open_file, file(segment));
     std::vector<std::byte> buffer;
@@ -994,7 +994,9 @@ Result<void> SegmentSet::read_checked(Segment& segment, uint32_t page,
         // Checked in memory of ours: a guest could change its own buffers while they are hashed,
         // and have bad bytes pass as good for everybody.
         buffer.resize(size_t{run_end - run_start} * kPageBytes);
-        if (auto read = io::read_exact(*open_file, buffer, page_offset(run_start)); !read) {
+        const iovec whole{.iov_base = buffer.data(), .iov_len = buffer.size()};
+        if (auto read = read_exact_into(*open_file, {&whole, 1}, page_offset(run_start), mode);
+            !read) {
             return std::unexpected(
                 read.error().with_context(fmt::format("chunk {}", chunks.front().id.hex())));
         }

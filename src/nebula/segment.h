@@ -53,9 +53,9 @@ std::string segment_file_name(uint32_t segment);
 /// The inverse for the part behind the slash; nullopt for other names.
 std::optional<uint32_t> parse_segment_file_name(std::string_view name);
 
-/// read_exact for scattered buffers. With no_wait: kWouldBlock when not all is in memory.
+/// read_exact for scattered buffers. With kNoWait: kWouldBlock when not all is in memory.
 Result<void> read_exact_into(io::File& file, std::span<const iovec> into, uint64_t offset_bytes,
-                             bool no_wait);
+                             IoMode mode);
 
 // ---- Reading the log --------------------------------------------------------------------------
 
@@ -254,7 +254,7 @@ class SegmentSet {
     /// Fills `into` with whole pages from `page` on, all belonging to page-addressable entries.
     /// No byte of a chunk is served before the chunk was checked.
     Result<void> read_pages(Segment& segment, uint32_t page, std::span<const iovec> into,
-                            ReadCheck check, bool no_wait);
+                            ReadCheck check, IoMode mode);
     /// Reads and checks one entry's content, and the aux bytes of a pack member.
     Result<void> read_object(Segment& segment, const Entry& entry, std::vector<std::byte>& content,
                              std::vector<std::byte>& aux);
@@ -278,7 +278,8 @@ class SegmentSet {
     Result<std::shared_ptr<io::File>> open_locked(Segment& segment);
     template <typename Visit>
     Result<void> with_entries(Segment& segment, Visit&& visit);
-    Result<void> read_checked(Segment& segment, uint32_t page, std::span<const iovec> into);
+    Result<void> read_checked(Segment& segment, uint32_t page, std::span<const iovec> into,
+                              IoMode mode);
     void note_file_opened(Segment& segment);
     void note_footer_mapped(Segment& segment);
     void warn(std::string sentence);

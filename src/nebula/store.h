@@ -210,7 +210,7 @@ class Store {
     /// are not in memory or not verified yet; `into` may be partly overwritten then.
     /// kStale: what was there has been freed or moved, or is damaged and stored elsewhere too: look
     /// it up by its id.
-    virtual Result<void> read(PageAddress address, std::span<const iovec> into, bool no_wait) = 0;
+    virtual Result<void> read(PageAddress address, std::span<const iovec> into, IoMode mode) = 0;
     /// Reads an object (or a chunk as bytes) by its id. kNotFound, kCorrupt.
     virtual Result<ObjectBytes> get_object(const ChunkId& id,
                                            std::optional<PageAddress> hint = {}) = 0;

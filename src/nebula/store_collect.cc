@@ -34,8 +34,8 @@ class ProtectedStore final : public Store {
     Result<ChunkLocation> resolve(const ChunkId& id, std::optional<PageAddress> hint) override {
         return store_.resolve(id, hint);
     }
-    Result<void> read(PageAddress address, std::span<const iovec> into, bool no_wait) override {
-        return store_.read(address, into, no_wait);
+    Result<void> read(PageAddress address, std::span<const iovec> into, IoMode mode) override {
+        return store_.read(address, into, mode);
     }
     Result<ObjectBytes> get_object(const ChunkId& id, std::optional<PageAddress> hint) override {
         return store_.get_object(id, hint);

@@ -567,7 +567,7 @@ TEST(DamagedData, BehindARottenHeaderBeforeTheCheckpointIsCorrupt) {
     ASSERT_TRUE(opened->store->read_only_reason());
     ByteVector page(4096);
     const iovec into{page.data(), page.size()};
-    const auto read = opened->store->read(place, std::span(&into, 1), false);
+    const auto read = opened->store->read(place, std::span(&into, 1), IoMode::kMayBlock);
     ASSERT_FALSE(read);
     EXPECT_EQ(read.error().code(), ErrorCode::kCorrupt) << read.error().message();
     EXPECT_EQ(read_chunk(*opened->store, sample.chunks().back().id).error().code(),

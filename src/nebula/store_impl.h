@@ -122,7 +122,7 @@ class StoreImpl final : public SalvagedStore {
     uint64_t sequence() const override { return sequence_.load(std::memory_order_acquire); }
     Result<void> contains(std::span<const ChunkId> ids, std::span<bool> out) override;
     Result<ChunkLocation> resolve(const ChunkId& id, std::optional<PageAddress> hint) override;
-    Result<void> read(PageAddress address, std::span<const iovec> into, bool no_wait) override;
+    Result<void> read(PageAddress address, std::span<const iovec> into, IoMode mode) override;
     Result<ObjectBytes> get_object(const ChunkId& id, std::optional<PageAddress> hint) override;
     std::optional<PageAddress> object_address(const ChunkId& id) override;
     void prefetch(PageAddress address, uint32_t pages) override;

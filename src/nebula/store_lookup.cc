@@ -189,7 +189,7 @@ Result<ChunkLocation> StoreImpl::resolve(const ChunkId& id, std::optional<PageAd
     return ChunkLocation{found.address(), static_cast<uint8_t>(found.entry.pages())};
 }
 
-Result<void> StoreImpl::read(PageAddress address, std::span<const iovec> into, bool no_wait) {
+Result<void> StoreImpl::read(PageAddress address, std::span<const iovec> into, IoMode mode) {
     STELLARIUM_TRY(check_usable());
     const ReaderGate::Pin pin = gate_.enter();
     Segment* segment = segments_->find(address.segment());
@@ -199,9 +199,8 @@ Result<void> StoreImpl::read(PageAddress address, std::span<const iovec> into, b
                                 address.segment()));
     }
     const bool check_again = options_.verify_always || distrusts_files_.load();
-    auto done =
-        segments_->read_pages(*segment, address.page(), into,
-                              check_again ? ReadCheck::kAlways : ReadCheck::kFirst, no_wait);
+    auto done = segments_->read_pages(*segment, address.page(), into,
+                                      check_again ? ReadCheck::kAlways : ReadCheck::kFirst, mode);
     if (!done && done.error().code() == ErrorCode::kCorrupt) {
         return healed_or(std::move(done), *segment, address.page(), into);
     }

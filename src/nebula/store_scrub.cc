@@ -51,7 +51,8 @@ Result<void> StoreImpl::scrub_unit(Segment& segment, std::span<const Entry> entr
     std::vector<std::byte> bytes(end - start);
     const iovec into{bytes.data(), bytes.size()};
     // What was cached stays so afterwards, and what was not does not push out what is.
-    const bool was_cached = read_exact_into(*file, std::span(&into, 1), start, true).has_value();
+    const bool was_cached =
+        read_exact_into(*file, std::span(&into, 1), start, IoMode::kNoWait).has_value();
     file->drop_cache(start, bytes.size());
     const auto read = io::read_exact(*file, bytes, start);
     if (!was_cached) {

@@ -298,25 +298,26 @@ TEST_F(StoreTest, ReadsRunAcrossChunksAndStartWithinThem) {
     const std::array<iovec, 2> into{iovec{first.data(), first.size()},
                                     iovec{second.data(), second.size()}};
     const auto address = PageAddress::make(start.segment(), start.page() + 3);
-    const auto not_yet = opened.store->read(address, into, true);
+    const auto not_yet = opened.store->read(address, into, IoMode::kNoWait);
     ASSERT_FALSE(not_yet);
     EXPECT_EQ(not_yet.error().code(), ErrorCode::kWouldBlock) << "nothing is checked yet";
-    ASSERT_OK(opened.store->read(address, into, false));
+    ASSERT_OK(opened.store->read(address, into, IoMode::kMayBlock));
     EXPECT_TRUE(std::ranges::equal(first, Bytes(all).subspan(3 * kPageBytes, first.size())));
     EXPECT_TRUE(std::ranges::equal(second, Bytes(all).subspan(6 * kPageBytes, second.size())));
     EXPECT_EQ(opened.store->stats().chunks_verified, 3U);
-    EXPECT_OK(opened.store->read(address, into, true));
+    EXPECT_OK(opened.store->read(address, into, IoMode::kNoWait));
     EXPECT_EQ(opened.store->stats().chunks_verified, 3U) << "checked once";
 
     ByteVector page(kPageBytes);
     const iovec one{page.data(), page.size()};
     const auto header = opened.store->read(PageAddress::make(start.segment(), start.page() - 1),
-                                           std::span(&one, 1), false);
+                                           std::span(&one, 1), IoMode::kMayBlock);
     ASSERT_FALSE(header) << "no chunk lies there";
     EXPECT_EQ(header.error().code(), ErrorCode::kInvalidArgument);
-    EXPECT_EQ(
-        opened.store->read(PageAddress::make(99, 1), std::span(&one, 1), false).error().code(),
-        ErrorCode::kStale)
+    EXPECT_EQ(opened.store->read(PageAddress::make(99, 1), std::span(&one, 1), IoMode::kMayBlock)
+                  .error()
+                  .code(),
+              ErrorCode::kStale)
         << "segments come and go";
 }
 
@@ -846,8 +847,8 @@ TEST_F(StoreTest, ReadersAndWritersTogether) {
                     const Blob& chunk = chunks[(first + k) % kKinds];
                     ByteVector bytes(chunk.bytes.size());
                     const iovec into{bytes.data(), bytes.size()};
-                    ASSERT_OK(
-                        store.read(appended->locations[k].address, std::span(&into, 1), false));
+                    ASSERT_OK(store.read(appended->locations[k].address, std::span(&into, 1),
+                                         IoMode::kMayBlock));
                     ASSERT_EQ(bytes, chunk.bytes);
                 }
             }

@@ -115,7 +115,7 @@ inline Result<ByteVector> read_chunk(Store& store, const ChunkId& id) {
     STELLARIUM_ASSIGN(const ChunkLocation location, store.resolve(id));
     ByteVector bytes(location.pages * kPageBytes);
     const iovec into{bytes.data(), bytes.size()};
-    STELLARIUM_TRY(store.read(location.address, std::span(&into, 1), false));
+    STELLARIUM_TRY(store.read(location.address, std::span(&into, 1), IoMode::kMayBlock));
     return bytes;
 }
 

@@ -198,7 +198,7 @@ class Differ {
                 STELLARIUM_ASSIGN(const nebula::ChunkLocation location, store_.resolve(extent->id));
                 resolved.chunk_address = location.address;
             }
-            auto done = store_.read(resolved.address_of(page), {&part, 1}, /*no_wait=*/false);
+            auto done = store_.read(resolved.address_of(page), {&part, 1}, IoMode::kMayBlock);
             if (done || done.error().code() != ErrorCode::kStale || attempt == kMaxStaleReads) {
                 return done;
             }

@@ -518,11 +518,11 @@ class InterposedStore final : public testing::CountingStore {
     std::function<void()> before_read;
 
     Result<void> read(nebula::PageAddress address, std::span<const iovec> into,
-                      bool no_wait) override {
+                      IoMode mode) override {
         if (before_read) {
             std::exchange(before_read, nullptr)();
         }
-        return CountingStore::read(address, into, no_wait);
+        return CountingStore::read(address, into, mode);
     }
 };
 

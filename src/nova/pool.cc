@@ -89,7 +89,7 @@ class StateReader final : public Reader {
 
     Result<void> stage(nebula::PageAddress address, MutableBytes into) override {
         const iovec whole = to_iovec(into);
-        return store_.read(address, std::span(&whole, 1), /*no_wait=*/false);
+        return store_.read(address, std::span(&whole, 1), IoMode::kMayBlock);
     }
 
     void read_ahead(nebula::PageAddress address, uint32_t pages) override {

@@ -59,7 +59,7 @@ class RunReader {
         if (beyond != 0) {
             parts_.push_back(to_iovec(MutableBytes(after_).first(kPageBytes - beyond)));
         }
-        auto done = store_.read(first_, parts_, mode_ == IoMode::kNoWait);
+        auto done = store_.read(first_, parts_, mode_);
         parts_.clear();
         bytes_ = 0;
         return done;

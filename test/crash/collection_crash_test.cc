@@ -145,7 +145,7 @@ void check_content(Store& store, const Set& set, const Model& model, bool lost_p
         if (lost_power && known.sequence > model.durable) {
             continue;
         }
-        const auto read = store.read(address, std::span(&into, 1), false);
+        const auto read = store.read(address, std::span(&into, 1), IoMode::kMayBlock);
         if (read) {
             EXPECT_TRUE(
                 std::ranges::equal(page, Bytes(blobs()[known.blob].bytes).first(kPageBytes)))

@@ -163,7 +163,8 @@ class World {
                 EXPECT_OK(location);
                 const iovec into{bytes.data(), bytes.size()};
                 const auto read =
-                    location ? store_->read(location->address, {&into, 1}, false) : Result<void>();
+                    location ? store_->read(location->address, {&into, 1}, IoMode::kMayBlock)
+                             : Result<void>();
                 if (!read && read.error().code() == ErrorCode::kStale && tries < 100) {
                     continue;  // Moved in between.
                 }
@@ -191,7 +192,8 @@ class World {
         }
         ByteVector page(kPageBytes);
         const iovec into{page.data(), page.size()};
-        const auto read = store_->read(known.first, {&into, 1}, random.one_in(3));
+        const auto read = store_->read(known.first, {&into, 1},
+                                       random.one_in(3) ? IoMode::kNoWait : IoMode::kMayBlock);
         if (read) {
             EXPECT_TRUE(
                 std::ranges::equal(page, Bytes(blobs_[known.second].bytes).first(kPageBytes)));

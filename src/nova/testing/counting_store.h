@@ -49,9 +49,9 @@ class CountingStore : public nebula::Store {
         return store_->resolve(id, hint);
     }
     Result<void> read(nebula::PageAddress address, std::span<const iovec> into,
-                      bool no_wait) override {
+                      IoMode mode) override {
         ++chunk_reads;
-        return store_->read(address, into, no_wait);
+        return store_->read(address, into, mode);
     }
     Result<nebula::ObjectBytes> get_object(const ChunkId& id,
                                            std::optional<nebula::PageAddress> hint) override {
