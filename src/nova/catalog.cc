@@ -131,6 +131,7 @@ void Entity::publish(VolumeState& next) {
         const std::lock_guard lock(state_mutex_);
         std::swap(state_, next);
         size_bytes_.store(state_.size_bytes, std::memory_order_release);
+        version_.fetch_add(1, std::memory_order_release);
     }
     // The previous state goes with `next`, outside the lock: destroying it may free many nodes.
 }

@@ -75,6 +75,15 @@ class Entity {
     std::atomic<uint64_t> own_bytes{0};
     static constexpr uint64_t kUnknownBytes = ~uint64_t{0};
 
+    /// Grows whenever the state is replaced.
+    uint64_t version() const { return version_.load(std::memory_order_acquire); }
+    /// What Pool::mapped_bytes() found, and of which version.
+    struct Mapped {
+        uint64_t version = 0;
+        uint64_t bytes = 0;
+    };
+    std::optional<Mapped> mapped;  ///< Guarded by the pool's mapped_mutex_.
+
   private:
     friend class Catalog;
     void publish(VolumeState& next);
@@ -82,6 +91,7 @@ class Entity {
     mutable std::shared_mutex state_mutex_;
     VolumeState state_;  ///< Guarded by state_mutex_.
     std::atomic<uint64_t> size_bytes_{0};
+    std::atomic<uint64_t> version_{0};
     std::atomic<bool> removed_{false};
     // Guarded by the catalog's mutex.
     std::string name_;

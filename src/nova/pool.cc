@@ -135,6 +135,8 @@ class PoolImpl final : public Pool, public DeviceOwner {
     std::vector<EntityInfo> volumes() const override { return infos(EntityKind::kVolume); }
     Result<std::vector<EntityInfo>> snapshots(std::string_view volume) const override;
     Result<EntityInfo> find(std::string_view source) const override;
+    Result<EntityInfo> find(uint64_t id) const override;
+    Result<uint64_t> mapped_bytes(uint64_t id) override;
     Result<EntityDetail> detail(std::string_view source) override;
     Result<std::unique_ptr<Reader>> open_reader(std::string_view source) override;
     Result<void> diff(std::string_view a, std::string_view b,
@@ -293,6 +295,13 @@ class PoolImpl final : public Pool, public DeviceOwner {
     // Guarded by running_mutex_:
     absl::flat_hash_map<uint64_t, std::shared_ptr<Volume>> running_;
     absl::flat_hash_map<uint64_t, std::vector<OpenDevice>> devices_;
+
+    struct MappedState {
+        VolumeState state;
+        uint64_t bytes = 0;
+    };
+    std::mutex mapped_mutex_;
+    std::optional<MappedState> last_mapped_;  ///< What mapped_bytes() found last. Guarded by it.
 
     std::mutex checkpoint_mutex_;  ///< One checkpoint at a time.
     /// Of the newest checkpoint. Guarded by it.
@@ -1329,6 +1338,55 @@ Result<std::vector<EntityInfo>> PoolImpl::snapshots(std::string_view name) const
 Result<EntityInfo> PoolImpl::find(std::string_view source) const {
     STELLARIUM_ASSIGN(const EntityPtr entity, catalog_.find(source));
     return info(*entity);
+}
+
+Result<EntityInfo> PoolImpl::find(uint64_t id) const {
+    STELLARIUM_ASSIGN(const EntityPtr entity, find_by_id(id));
+    return info(*entity);
+}
+
+Result<uint64_t> PoolImpl::mapped_bytes(uint64_t id) {
+    STELLARIUM_ASSIGN(const EntityPtr entity, find_by_id(id));
+    STELLARIUM_TRY(check_intact(*entity));
+    const uint64_t version = entity->version();
+    {
+        const std::lock_guard lock(mapped_mutex_);
+        if (entity->mapped && entity->mapped->version == version) {
+            return entity->mapped->bytes;
+        }
+    }
+    const StateLease lease =
+        leases_.take(fmt::format("a look at the size of '{}'", catalog_.full_name(*entity)),
+                     [&] { return entity->state(); });
+    // See lease_present_state().
+    if (entity->removed()) {
+        return fail(ErrorCode::kNotFound, "it has just been removed");
+    }
+    const VolumeState& state = lease.state();
+    const auto note = [&](uint64_t bytes) {
+        entity->mapped = Entity::Mapped{.version = version, .bytes = bytes};
+        last_mapped_ = MappedState{.state = state, .bytes = bytes};
+        return bytes;
+    };
+    {
+        // Clones that nobody has written to are alike, and are asked for one after the other.
+        const std::lock_guard lock(mapped_mutex_);
+        if (last_mapped_ && last_mapped_->state.root == state.root &&
+            last_mapped_->state.size_bytes == state.size_bytes &&
+            last_mapped_->state.delta.same_version(state.delta)) {
+            return note(last_mapped_->bytes);
+        }
+    }
+    uint64_t bytes = 0;
+    STELLARIUM_TRY(for_each_leaf(*store_, cache_, state, 0, [&](uint64_t leaf) -> Result<bool> {
+        STELLARIUM_ASSIGN(const Extents extents, effective_leaf(*store_, cache_, state, leaf));
+        for (const Extent& extent : extents) {
+            bytes += extent.pages * kPageBytes;
+        }
+        return true;
+    }));
+    const std::lock_guard lock(mapped_mutex_);
+    return note(bytes);
 }
 
 Result<StateLease> PoolImpl::lease_present_state(const EntityPtr& entity, std::string_view use) {

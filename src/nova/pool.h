@@ -369,7 +369,13 @@ class Pool {
     virtual std::vector<EntityInfo> volumes() const = 0;
     virtual Result<std::vector<EntityInfo>> snapshots(std::string_view volume) const = 0;
     virtual Result<EntityInfo> find(std::string_view source) const = 0;
+    /// What has this id, whatever its name is by now.
+    virtual Result<EntityInfo> find(uint64_t id) const = 0;
     virtual Result<EntityDetail> detail(std::string_view source) = 0;
+    /// EntityDetail::data_bytes of what has this id, without what is dirty. Walks the tree when the
+    /// content has changed since the last call for it (never, of images and snapshots) and is not
+    /// what the last call for anything found.
+    virtual Result<uint64_t> mapped_bytes(uint64_t id) = 0;
     virtual Result<std::unique_ptr<Reader>> open_reader(std::string_view source) = 0;
     /// Ranges that differ, ascending, page-granular, clipped to the larger size.
     virtual Result<void> diff(std::string_view a, std::string_view b,

@@ -599,6 +599,35 @@ TEST(PoolBuffer, ZerosAreHolesHoweverTheyAreWritten) {
     EXPECT_EQ(must(pool->detail("vm")).data_bytes, 2 * 4096U);
 }
 
+TEST(Pool, WhatIsMappedIsCountedAgainWhenItHasChanged) {
+    TestPool pool;
+    const uint64_t id = must(pool->create_volume("vm", 4 * kMiB)).id;
+    EXPECT_EQ(must(pool->mapped_bytes(id)), 0U);
+    auto device = must(pool->attach("vm", {}));
+    must(write(*device, 0, random_bytes(10 * kPageBytes, 1)));
+    EXPECT_EQ(must(pool->mapped_bytes(id)), 0U) << "without what is dirty";
+    must(flush(*device));
+    EXPECT_EQ(must(pool->mapped_bytes(id)), 10 * kPageBytes);
+    EXPECT_EQ(must(pool->mapped_bytes(id)), 10 * kPageBytes) << "remembered";
+    must(pool->clone("vm", {"clone"}));
+    const uint64_t clone = must(pool->find("clone")).id;
+    EXPECT_EQ(must(pool->mapped_bytes(clone)), 10 * kPageBytes);
+    must(device->discard(0, 3 * kPageBytes, IoMode::kMayBlock));
+    must(flush(*device));
+    EXPECT_EQ(must(pool->mapped_bytes(id)), 7 * kPageBytes);
+    EXPECT_EQ(must(pool->mapped_bytes(clone)), 10 * kPageBytes);
+    EXPECT_EQ(must(pool->mapped_bytes(id)), must(pool->detail("vm")).data_bytes);
+    device.reset();
+    must(pool->resize("vm", 5 * kPageBytes));
+    EXPECT_EQ(must(pool->mapped_bytes(id)), 2 * kPageBytes);
+    EXPECT_EQ(must(pool->find(id)).name, "vm");
+    must(pool->rename("vm", "other"));
+    EXPECT_EQ(must(pool->find(id)).name, "other");
+    must(pool->remove({"other"}));
+    EXPECT_EQ(pool->find(id).error().code(), ErrorCode::kNotFound);
+    EXPECT_EQ(pool->mapped_bytes(id).error().code(), ErrorCode::kNotFound);
+}
+
 TEST(PoolBuffer, DirtyZerosCostTheirSlotsWhateverTheirLength) {
     TestPool pool;
     must(pool->create_volume("vm", 64 * kMiB));
