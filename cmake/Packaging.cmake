@@ -1,6 +1,7 @@
 # What `cmake --install` puts where, and the Debian package that CPack makes of it.
 #
 #   bin/stellarctl bin/stellariumd      lib/libstellarium.so    include/stellarium/   share/man/
+#   libexec/stellarium/stellarium-mount-holder
 #   share/bash-completion/              lib/systemd/system/     lib/sysusers.d/       share/doc/
 
 # --- The library ---------------------------------------------------------------------------------
@@ -37,6 +38,12 @@ foreach(program stellarctl stellariumd)
     install(TARGETS ${program} RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
   endif()
 endforeach()
+
+if(TARGET stellarium-mount-holder)
+  # Beside the folder of the daemon, which starts it.
+  install(TARGETS stellarium-mount-holder
+          RUNTIME DESTINATION ${CMAKE_INSTALL_LIBEXECDIR}/stellarium)
+endif()
 
 # --- Pages, completion, licence ------------------------------------------------------------------
 file(GLOB man_pages CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/docs/man/*.[1-8])
@@ -105,7 +112,7 @@ set(CPACK_DEBIAN_PACKAGE_DESCRIPTION
  imports images and manages volumes and snapshots.")
 set(CPACK_DEBIAN_PACKAGE_SHLIBDEPS ON)
 set(CPACK_DEBIAN_PACKAGE_DEPENDS "adduser")
-set(CPACK_DEBIAN_PACKAGE_RECOMMENDS "qemu-utils")
+set(CPACK_DEBIAN_PACKAGE_RECOMMENDS "qemu-utils, fuse3")
 set(CPACK_DEBIAN_PACKAGE_CONTROL_STRICT_PERMISSION ON)
 set(CPACK_DEBIAN_PACKAGE_CONTROL_EXTRA
     ${CMAKE_SOURCE_DIR}/packaging/debian/postinst ${CMAKE_SOURCE_DIR}/packaging/debian/prerm

@@ -32,6 +32,7 @@ std::vector<std::string> apply_settings(const control::Json& settings, DaemonCon
     take_text("nbd_socket", config.nbd_socket);
     take_text("socket_group", config.socket_group);
     take_text("user", config.user);
+    take_text("mount", config.mount);
     take_text("metrics_listen", config.metrics_listen);
     if (!config.metrics_listen.empty() && reader.has("metrics_listen")) {
         if (const auto parsed = parse_host_port(config.metrics_listen); !parsed) {
@@ -172,6 +173,13 @@ std::vector<std::string> finish_config(DaemonConfig& config) {
         config.socket = config.runtime_directory + "/control.sock";
     }
     config.socket = control::real_path(config.socket);
+    if (!config.mount.empty()) {
+        // Not looked at: where an earlier daemon's files wait for us, a look would wait for us too.
+        config.mount = control::absolute_path(config.mount);
+        while (config.mount.size() > 1 && config.mount.ends_with('/')) {
+            config.mount.pop_back();
+        }
+    }
     if (config.socket.size() > control::kMaxSocketPathBytes) {
         complaints.push_back(
             fmt::format("'socket' is {} bytes long, and a socket's path has at most {}: {}",

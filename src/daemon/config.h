@@ -41,6 +41,7 @@ struct DaemonConfig {
     bool nbd = false;               ///< Images, volumes and snapshots are served by NBD, too.
     std::string nbd_socket;         ///< "": in the runtime directory, if `nbd`.
     std::string metrics_listen;     ///< HOST:PORT; "": metrics on the control socket only.
+    std::string mount;              ///< Directory for files; "": none.
     std::string socket_group;       ///< "": sockets are for the daemon's own user.
     std::optional<gid_t> socket_gid;
     std::string user;  ///< "": stays who it is.

@@ -7,6 +7,7 @@
 #include <ctime>
 #include <optional>
 #include <thread>
+#include <utility>
 
 #include <fmt/format.h>
 #include <grp.h>
@@ -26,6 +27,9 @@
 #include "daemon/nbd_host.h"
 #include "daemon/sandbox.h"
 #include "daemon/vhost_host.h"
+#include "frontend/fuse/holder.h"
+#include "frontend/fuse/holder_protocol.h"
+#include "frontend/fuse/mount.h"
 #include "io/posix.h"
 #include "nebula/reserve.h"
 #include "nova/pool.h"
@@ -119,13 +123,89 @@ Result<void> check_access_of(const ServiceUser& user, const std::string& store) 
                             user.name, store, user.name, store));
 }
 
-/// The runtime directory, the user, and the files that are within reach from here on.
-Result<void> give_up_privileges(const DaemonConfig& config, Log& log) {
+/// Whoever keeps the mounted directory. One that we have started goes again when we do not come to
+/// show anything in it.
+class MountHolder {
+  public:
+    MountHolder() = default;
+    MountHolder(fuse::HolderClient client, bool started)
+        : client_(std::move(client)), started_(started) {}
+    MountHolder(MountHolder&& other) noexcept
+        : client_(std::exchange(other.client_, std::nullopt)), started_(other.started_) {}
+    MountHolder& operator=(MountHolder&& other) noexcept {
+        client_.swap(other.client_);
+        std::swap(started_, other.started_);
+        return *this;
+    }
+    ~MountHolder() {
+        if (client_ && started_) {
+            static_cast<void>(client_->unmount());
+        }
+    }
+    bool there() const { return client_.has_value(); }
+    fuse::HolderClient take() { return *std::exchange(client_, std::nullopt); }
+
+  private:
+    std::optional<fuse::HolderClient> client_;
+    bool started_ = false;
+};
+
+/// The holder that an earlier daemon has left, or a new one. As root, if we are: nobody else mounts
+/// by themselves.
+Result<MountHolder> find_holder(const DaemonConfig& config, Log& log) {
+    const std::string socket = config.runtime_directory + "/mount.sock";
+    auto client = fuse::HolderClient::connect(socket);
+    if (client) {
+        STELLARIUM_ASSIGN(const fuse::HolderStatus status, client->status());
+        if (config.mount.empty()) {
+            log.warning("mount",
+                        {{"message", fmt::format("files below {} wait for a daemon with "
+                                                 "--mount {} (or umount -f -l it, and "
+                                                 "kill process {})",
+                                                 status.directory, status.directory, status.pid)}});
+            return MountHolder();
+        }
+        if (status.directory != config.mount) {
+            return fail(ErrorCode::kBusy,
+                        fmt::format("--mount is {}, and this daemon's files are below {} already: "
+                                    "start it with --mount {}, or unmount that first",
+                                    config.mount, status.directory, status.directory));
+        }
+        log.info("mount", {{"directory", status.directory},
+                           {"holder", std::to_string(status.pid)},
+                           {"message", "kept by the holder of an earlier daemon"}});
+        return MountHolder(*std::move(client), false);
+    }
+    if (client.error().code() != ErrorCode::kUnavailable) {
+        return std::unexpected(client.error());
+    }
+    if (config.mount.empty()) {
+        return MountHolder();
+    }
+    fuse::HolderOptions options{.directory = config.mount,
+                                .socket = socket,
+                                .owner = std::nullopt,
+                                .group = std::nullopt,
+                                .store = config.store};
+    if (config.service_user) {
+        options.owner = config.service_user->uid;
+        options.group = config.service_user->gid;
+    }
+    STELLARIUM_TRY(fuse::start_holder(options));
+    STELLARIUM_ASSIGN(auto started, fuse::HolderClient::connect(socket));
+    return MountHolder(std::move(started), true);
+}
+
+/// The runtime directory, the holder of a mounted directory, the user, and the files that are
+/// within reach from here on.
+Result<MountHolder> give_up_privileges(const DaemonConfig& config, Log& log) {
+    MountHolder holder;
     if (config.service_user) {
         const ServiceUser& user = *config.service_user;
         STELLARIUM_TRY(check_access_of(user, config.store));
         STELLARIUM_TRY(
             control::make_private_directory(config.runtime_directory, config.socket_gid, user.uid));
+        STELLARIUM_ASSIGN(holder, find_holder(config, log));
         STELLARIUM_TRY(become(user));
     } else if (geteuid() == 0) {
         log.warning("running as root",
@@ -133,7 +213,11 @@ Result<void> give_up_privileges(const DaemonConfig& config, Log& log) {
                       "start it with --user NAME, or as a user of its own; the store "
                       "must belong to that user"}});
     }
-    return control::make_private_directory(config.runtime_directory, config.socket_gid);
+    STELLARIUM_TRY(control::make_private_directory(config.runtime_directory, config.socket_gid));
+    if (!config.service_user) {
+        STELLARIUM_ASSIGN(holder, find_holder(config, log));
+    }
+    return holder;
 }
 
 /// Before any thread is made. The port of the metrics, which is bound later, stays allowed.
@@ -233,10 +317,39 @@ void set_status(const std::string& status) {
     sd_notify(0, ("STATUS=" + status).c_str());
 }
 
+Result<std::unique_ptr<fuse::Mount>> adopt_mount(const DaemonConfig& config, nova::Pool& pool,
+                                                 MountHolder holder, Log& log) {
+    if (!holder.there()) {
+        return nullptr;
+    }
+    fuse::MountOptions options;
+    options.group = config.socket_gid;
+    options.log = [&log](fuse::LogLevel level, const std::string& message) {
+        const std::initializer_list<LogField> fields = {{"message", message}};
+        switch (level) {
+            case fuse::LogLevel::kInfo:
+                return log.info("files", fields);
+            case fuse::LogLevel::kWarning:
+                return log.warning("files", fields);
+            case fuse::LogLevel::kError:
+                return log.error("files", fields);
+        }
+    };
+    STELLARIUM_ASSIGN(auto mount, fuse::Mount::adopt(pool, holder.take(), std::move(options)));
+    const fuse::MountStatus status = mount->status();
+    log.info("files", {{"directory", status.directory},
+                       {"holder", std::to_string(status.holder_pid)},
+                       {"open", std::to_string(status.open_files)}});
+    return mount;
+}
+
 /// Everything between the store being open and being closed again.
 Result<void> serve(const DaemonConfig& config, const std::string& version, nova::Pool& pool,
-                   io::FileSystem& files, const Confinement& reach, uint64_t max_descriptors,
-                   Log& log) {
+                   io::FileSystem& files, MountHolder holder, const Confinement& reach,
+                   uint64_t max_descriptors, Log& log) {
+    // First of all: what is open is attached before anybody else can be given it.
+    STELLARIUM_ASSIGN(const std::unique_ptr<fuse::Mount> mount,
+                      adopt_mount(config, pool, std::move(holder), log));
     std::optional<NbdHost> nbd;
     uint64_t descriptors = descriptors_without_attachments(config.threads);
     if (!config.nbd_socket.empty()) {
@@ -273,11 +386,18 @@ Result<void> serve(const DaemonConfig& config, const std::string& version, nova:
                                            .version = version,
                                            .directory = config.store,
                                            .socket = config.socket});
-    DaemonHandler handler(service, metrics, log);
+    DaemonHandler handler(service, metrics, log, [&mount] {
+        if (mount) {
+            mount->settle();
+        }
+    });
     MetricsHandler public_handler(metrics);
     HttpServer server({.max_held_bytes = held_bytes_of(config.memory_bytes)});
 
     STELLARIUM_TRY(host.start());
+    if (mount) {
+        STELLARIUM_TRY(mount->serve());
+    }
     if (nbd) {
         STELLARIUM_TRY(nbd->start());
     }
@@ -328,6 +448,9 @@ Result<void> serve(const DaemonConfig& config, const std::string& version, nova:
     if (nbd) {
         nbd->stop();
     }
+    if (mount) {
+        mount->stop();
+    }
     host.stop();
     return {};
 }
@@ -350,7 +473,7 @@ Result<void> run_daemon(const DaemonConfig& given, const std::string& version, L
     mallopt(M_ARENA_MAX, kMallocArenas);
 
     const io::Env env = io::real_env();
-    STELLARIUM_TRY(give_up_privileges(config, log));
+    STELLARIUM_ASSIGN(MountHolder holder, give_up_privileges(config, log));
     STELLARIUM_ASSIGN(const Confinement reach, confine_to_files_of(config));
     set_status("opening " + config.store);
     log.info("starting", {{"version", version},
@@ -383,7 +506,7 @@ Result<void> run_daemon(const DaemonConfig& given, const std::string& version, L
         log.error("store is read-only", {{"message", *reason}});
     }
     const Result<void> served =
-        serve(config, version, *pool, *env.files, reach, max_descriptors, log);
+        serve(config, version, *pool, *env.files, std::move(holder), reach, max_descriptors, log);
     set_status("checkpointing");
     // Also after a failed start: what recovery adopted must not wait for the next one.
     const Result<void> closed = pool->close();

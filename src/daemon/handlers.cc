@@ -37,6 +37,9 @@ control::Response DaemonHandler::handle(const control::Request& request) {
         return metrics_page_.handle(request);
     }
     const auto begin = std::chrono::steady_clock::now();
+    if (before_change_ && request.method != "GET") {
+        before_change_();
+    }
     control::Response response = service_.handle(request);
     const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
     metrics_.observe_request(request.method, response.status, took.count());

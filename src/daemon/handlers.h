@@ -3,6 +3,9 @@
 // Thread rule: any thread. Everything is borrowed.
 #pragma once
 
+#include <functional>
+#include <utility>
+
 #include "control/message.h"
 #include "daemon/log.h"
 #include "daemon/metrics.h"
@@ -23,8 +26,14 @@ class MetricsHandler final : public control::RequestHandler {
 /// The control socket: every operation of `service`, and GET /metrics.
 class DaemonHandler final : public control::RequestHandler {
   public:
-    DaemonHandler(control::RequestHandler& service, Metrics& metrics, Log& log)
-        : service_(service), metrics_(metrics), metrics_page_(metrics), log_(log) {}
+    /// `before_change` is called before whatever is not a GET.
+    DaemonHandler(control::RequestHandler& service, Metrics& metrics, Log& log,
+                  std::function<void()> before_change = {})
+        : service_(service),
+          metrics_(metrics),
+          metrics_page_(metrics),
+          log_(log),
+          before_change_(std::move(before_change)) {}
     size_t max_json_bytes(const std::string& method, const std::string& target) const override {
         return service_.max_json_bytes(method, target);
     }
@@ -38,6 +47,7 @@ class DaemonHandler final : public control::RequestHandler {
     Metrics& metrics_;
     MetricsHandler metrics_page_;
     Log& log_;
+    const std::function<void()> before_change_;
 };
 
 }  // namespace stellarium::daemon

@@ -8,6 +8,7 @@
 #include <sys/resource.h>
 
 #include "boot/limits.h"
+#include "frontend/fuse/limits.h"
 #include "frontend/vhost/limits.h"
 #include "nebula/segment.h"
 
@@ -15,7 +16,7 @@ namespace stellarium::daemon {
 
 uint64_t descriptors_without_attachments(uint64_t data_threads) {
     return kFixedDescriptors + nebula::kMaxOpenSegmentFiles + kMaxConnections + kMaxTcpConnections +
-           data_threads * vhost::kMaxFdsPerMessage;
+           data_threads * vhost::kMaxFdsPerMessage + fuse::kDescriptorsOfMount;
 }
 
 uint64_t mappings_needed() {
@@ -26,7 +27,8 @@ uint64_t memory_besides(uint64_t memory_bytes, uint64_t hash_threads) {
     return kProgramBytes + kCommitMemoryBytes + kLongRequestBytes + held_bytes_of(memory_bytes) +
            uint64_t{kMaxConnections + kMaxTcpConnections} * kConnectionBytes +
            uint64_t{kMaxStreams} * (kStreamBytes + import_bytes(hash_threads)) +
-           boot::kMaxRecordings * boot::kRecordingBytes + boot::kMergeBytes + boot::kStageReadBytes;
+           boot::kMaxRecordings * boot::kRecordingBytes + boot::kMergeBytes +
+           boot::kStageReadBytes + fuse::kFileWorkers * fuse::kWorkerBytes;
 }
 
 uint64_t memory_that_fits(uint64_t wanted_bytes, uint64_t room_bytes) {

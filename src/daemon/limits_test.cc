@@ -14,6 +14,7 @@
 #include "base/units.h"
 #include "boot/limits.h"
 #include "control/service.h"
+#include "frontend/fuse/limits.h"
 #include "frontend/nbd/limits.h"
 #include "frontend/vhost/limits.h"
 #include "nebula/segment.h"
@@ -61,6 +62,12 @@ std::map<std::string, std::string> limits_of_the_code() {
         {"kMaxBootManifests", count(nova::kMaxBootManifests)},
         {"kCommitMemoryBytes", bytes(kCommitMemoryBytes)},
         {"kProgramBytes", bytes(kProgramBytes)},
+        {"kFileWorkers", count(fuse::kFileWorkers)},
+        {"kMaxFileTransferBytes", bytes(fuse::kMaxFileTransferBytes)},
+        {"kMaxBackgroundRequests", count(fuse::kMaxBackgroundRequests)},
+        {"kMaxOpenFiles", count(fuse::kMaxOpenFiles)},
+        {"kMaxListings", count(fuse::kMaxListings)},
+        {"kDescriptorsOfMount", count(fuse::kDescriptorsOfMount)},
         {"kMaxQueues", count(vhost::kMaxQueues)},
         {"kMaxQueueSize", count(vhost::kMaxQueueSize)},
         {"kMaxChainDescriptors", count(vhost::kMaxChainDescriptors)},

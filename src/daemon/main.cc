@@ -116,6 +116,10 @@ int run(int argc, char** argv) {
     text_option("--runtime-dir", "runtime_dir",
                 "for sockets and unflushed writes, on a tmpfs (default: derived from the store)",
                 "DIR");
+    text_option("--mount", "mount",
+                "show images, volumes and snapshots as files below this directory (needs root, or "
+                "fusermount3)",
+                "DIR");
     text_option("--metrics-listen", "metrics_listen", "serve GET /metrics on TCP too", "HOST:PORT");
     text_option("--memory", "memory",
                 "for unflushed writes and cached maps, besides the page cache, 16MiB to 1TiB "

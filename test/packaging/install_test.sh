@@ -14,8 +14,8 @@ cmake --install "$build" --prefix "$work/usr" >"$work/log" || {
     exit 1
 }
 
-for file in bin/stellarctl bin/stellariumd share/bash-completion/completions/stellarctl \
-    share/zsh/vendor-completions/_stellarctl share/fish/vendor_completions.d/stellarctl.fish \
+for file in bin/stellarctl bin/stellariumd libexec/stellarium/stellarium-mount-holder \
+    share/bash-completion/completions/stellarctl share/zsh/vendor-completions/_stellarctl share/fish/vendor_completions.d/stellarctl.fish \
     lib/systemd/system/stellariumd.service lib/sysusers.d/stellarium.conf \
     share/doc/stellarium/LICENSE; do
     [[ -s $work/usr/$file ]] || {
@@ -30,6 +30,7 @@ grep -q "^ExecStart=$work/usr/bin/stellariumd " "$work/usr/lib/systemd/system/st
 bash -n "$work/usr/share/bash-completion/completions/stellarctl"
 "$work/usr/bin/stellarctl" --version >/dev/null
 "$work/usr/bin/stellariumd" --version >/dev/null
+"$work/usr/libexec/stellarium/stellarium-mount-holder" --help >/dev/null
 
 pkgconfig=$(dirname "$(find "$work/usr" -name stellarium.pc)")
 libraries=$(dirname "$pkgconfig")

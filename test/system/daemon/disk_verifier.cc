@@ -1,6 +1,7 @@
 // Writes disks in a guest, and finds out whether every completed operation is there.
 //
 //     disk-verifier run SEED GUEST JOURNAL DISK...      # in the guest; commands on standard input
+//                                                       # a DISK may be a file, also on the host
 //     disk-verifier check GUEST JOURNAL FILE...          # on the host: are these the disks?
 //
 // The unit is the sector. Each holds its own number, a version and a checksum, so a sector that is
@@ -153,7 +154,11 @@ class Disk {
         : path_(std::move(path)), tag_(tag), counts_(counts) {
         fd_ = open(path_.c_str(), O_RDWR | O_DIRECT | O_CLOEXEC);
         uint64_t bytes = 0;
-        if (fd_ < 0 || ioctl(fd_, BLKGETSIZE64, &bytes) != 0) {
+        struct stat status{};
+        if (fd_ >= 0 && fstat(fd_, &status) == 0 && S_ISREG(status.st_mode)) {
+            is_file_ = true;
+            bytes = static_cast<uint64_t>(status.st_size);
+        } else if (fd_ < 0 || ioctl(fd_, BLKGETSIZE64, &bytes) != 0) {
             fault("open %s: %s", path_.c_str(), std::strerror(errno));
         }
         sectors_ = bytes / kSectorBytes;
@@ -179,8 +184,13 @@ class Disk {
     void zero_sectors(uint64_t first, uint64_t count, bool discard) {
         const std::vector<uint32_t> versions = issue(first, count, true);
         std::array<uint64_t, 2> range = {first * kSectorBytes, count * kSectorBytes};
-        check(ioctl(fd_, discard ? BLKDISCARD : BLKZEROOUT, range.data()) == 0,
-              discard ? "discard" : "write zeroes", first, count);
+        const int done = is_file_
+                             ? fallocate(fd_,
+                                         (discard ? FALLOC_FL_PUNCH_HOLE : FALLOC_FL_ZERO_RANGE) |
+                                             FALLOC_FL_KEEP_SIZE,
+                                         static_cast<off_t>(range[0]), static_cast<off_t>(range[1]))
+                             : ioctl(fd_, discard ? BLKDISCARD : BLKZEROOUT, range.data());
+        check(done == 0, discard ? "discard" : "write zeroes", first, count);
         complete(first, versions);
         ++(discard ? counts_.discards : counts_.zeroings);
     }
@@ -279,6 +289,7 @@ class Disk {
     uint32_t tag_;
     Counts& counts_;
     int fd_ = -1;
+    bool is_file_ = false;  ///< Not a block device.
     uint64_t sectors_ = 0;
     std::vector<State> states_;
 };

@@ -106,6 +106,7 @@ class FileDisk:
     """A raw image file, opened by QEMU itself."""
     path: str
     read_only: bool = False
+    options: str = ""  # Of QEMU's -drive: "cache=none,discard=unmap".
 
 
 @dataclass
@@ -315,8 +316,9 @@ class QemuGuest(Guest):
                                       f"file.export={each.export}",
                             "-device", f"virtio-blk-pci,drive=disk{index}"]
             else:
-                read_only = ",read-only=on" if each.read_only else ""
-                command += ["-drive", f"if=none,id=disk{index},format=raw,file={each.path}{read_only}",
+                options = ",read-only=on" if each.read_only else ""
+                options += f",{each.options}" if each.options else ""
+                command += ["-drive", f"if=none,id=disk{index},format=raw,file={each.path}{options}",
                             "-device", f"virtio-blk-pci,drive=disk{index}"]
         words = ["console=ttyS0", "panic=-1", "quiet", "systemd.show_status=no"]
         if disk and not in_initramfs:

@@ -1,0 +1,99 @@
+// The folders and names of a mounted directory, and what stat(2) says of them.
+//
+//     /images/NAME   /volumes/NAME   /snapshots/VOLUME@NAME
+//
+// A file's node number is its entity's id plus kFirstFile. Ids are never used again, so a node is
+// the same file for ever, in this daemon and the next: nothing of it has to be remembered, and what
+// the kernel holds stays true over a restart.
+//
+//     Tree tree(pool, {.uid = geteuid(), .gid = getegid()});
+//     STELLARIUM_ASSIGN(NodeStat found, tree.lookup(kVolumesFolder, "vm-1"));
+//     for (const Entry& entry : *tree.list(kVolumesFolder, handle)) ...     // ascending by node
+//
+// Thread rule: any thread.
+// Errors: kNotFound; those of nova/pool.h.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <sys/stat.h>
+#include <sys/types.h>
+
+#include "base/error.h"
+#include "nova/pool.h"
+
+namespace stellarium::fuse {
+
+inline constexpr uint64_t kRoot = 1;
+inline constexpr uint64_t kImagesFolder = 2;
+inline constexpr uint64_t kVolumesFolder = 3;
+inline constexpr uint64_t kSnapshotsFolder = 4;
+inline constexpr uint64_t kFirstFile = 16;
+
+constexpr bool is_folder(uint64_t node) {
+    return node < kFirstFile;
+}
+constexpr uint64_t entity_of(uint64_t node) {
+    return node - kFirstFile;
+}
+constexpr uint64_t node_of(uint64_t entity) {
+    return entity + kFirstFile;
+}
+
+struct TreeOptions {
+    uid_t uid = 0;           ///< Whose everything is.
+    gid_t gid = 0;           ///< And whose group.
+    bool for_group = false;  ///< Members of the group may do what the owner may.
+};
+
+struct NodeStat {
+    struct stat attributes{};
+    bool immutable = false;  ///< Will be the same for as long as it is there.
+};
+
+/// What readdir(3) gives, in the order of nodes.
+struct Entry {
+    uint64_t node = 0;
+    std::string name;
+    mode_t type = 0;  ///< S_IFDIR or S_IFREG.
+};
+using Listing = std::vector<Entry>;
+
+class Tree {
+  public:
+    Tree(nova::Pool& pool, const TreeOptions& options);
+
+    Result<NodeStat> lookup(uint64_t folder, std::string_view name);
+    Result<NodeStat> stat(uint64_t node);
+
+    /// What `folder` holds now. Kept under `handle` until forget(), so that a reader who comes
+    /// again and again costs one listing; where it is not kept (any more, or by another daemon) it
+    /// is made anew, and a reader who goes on behind the node that it had last misses nothing that
+    /// was there all the time. kNotFound: no folder.
+    Result<std::shared_ptr<const Listing>> list(uint64_t folder, uint64_t handle);
+    void forget(uint64_t handle);
+
+  private:
+    struct Kept {
+        uint64_t handle = 0;
+        uint64_t folder = 0;
+        std::shared_ptr<const Listing> listing;
+    };
+
+    NodeStat stat_folder(uint64_t node) const;
+    NodeStat stat_entity(const nova::EntityInfo& info);
+
+    nova::Pool& pool_;
+    const TreeOptions options_;
+    std::mutex mutex_;
+    std::deque<Kept> kept_;  ///< Oldest first. Guarded by mutex_.
+};
+
+}  // namespace stellarium::fuse
