@@ -1,8 +1,8 @@
 // stellarium-blkbench: load for any vhost-user-blk back-end, without a VM.
 //
 // It connects as a VMM would, shares memory and rings, and keeps a number of requests in flight on
-// every queue of every socket. One thread drives each socket. Latency is from making a request
-// available to seeing it used.
+// every queue of every socket. As many threads as there are processors share the sockets. Latency
+// is from making a request available to seeing it used.
 //
 //     stellarium-blkbench /run/vm1.sock --seconds 10 --depth 32
 //     stellarium-blkbench a.sock b.sock --pattern sequential --block-size 64KiB --read-percent 0
@@ -21,6 +21,7 @@
 #include <array>
 #include <bit>
 #include <cassert>
+#include <cerrno>
 #include <chrono>
 #include <cstring>
 #include <fstream>
@@ -33,10 +34,11 @@
 #include <CLI/CLI.hpp>
 #include <fmt/core.h>
 #include <nlohmann/json.hpp>
-#include <poll.h>
+#include <sys/epoll.h>
 
 #include "base/units.h"
 #include "frontend/vhost/limits.h"
+#include "frontend/vhost/unique_fd.h"
 #include "frontend/vhost_client/client.h"
 
 namespace stellarium::bench {
@@ -58,6 +60,7 @@ struct Options {
     unsigned read_percent = 100;
     unsigned depth = 32;
     unsigned queues = 1;
+    unsigned threads = 0;  ///< 0: one for each processor.
     unsigned flush_every = 0;
     unsigned discard_every = 0;
     double seconds = 5;
@@ -201,20 +204,71 @@ class Lane {
         return {};
     }
 
-    void run() {
-        auto begin = Clock::now();
+    /// The load begins now.
+    void begin() {
+        begun_ = progress_ = Clock::now();
         deadline_ = options_.requests != 0
                         ? Clock::time_point::max()
-                        : begin + std::chrono::duration_cast<Clock::duration>(
-                                      std::chrono::duration<double>(options_.seconds));
-        while (drive(options_.pieces.empty() ? &Lane::next_of_load : &Lane::next_of_replay)) {
-        }
-        totals_.seconds = std::chrono::duration<double>(Clock::now() - begin).count();
-        if (options_.verify && totals_.errors == 0) {
-            check_next_ = 0;
-            while (drive(&Lane::next_of_check)) {
+                        : begun_ + std::chrono::duration_cast<Clock::duration>(
+                                       std::chrono::duration<double>(options_.seconds));
+        next_ = options_.pieces.empty() ? &Lane::next_of_load : &Lane::next_of_replay;
+    }
+
+    /// Fills the free slots and takes what is finished. True when something was, so that there may
+    /// be more to do; false when completions must come first, or nothing is left to do.
+    bool advance() {
+        for (size_t q = 0; q < queues_.size(); ++q) {
+            bool added = false;
+            for (Slot& slot : slots_[q]) {
+                if (slot.busy || !(this->*next_)(slot)) {
+                    continue;
+                }
+                start(q, slot);
+                added = true;
+            }
+            if (added) {
+                queues_[q]->kick_if_wanted();
             }
         }
+        if (in_flight_ == 0) {
+            end_phase();
+            return !finished_;
+        }
+        if (!reap()) {
+            return false;
+        }
+        progress_ = Clock::now();
+        return true;
+    }
+    bool finished() const { return finished_; }
+
+    /// Asks for a call at the next completion; true when there is one already.
+    bool ask_for_call() {
+        bool any = false;
+        for (const auto& queue : queues_) {
+            queue->set_used_event(queue->used_taken());
+            any |= queue->used_index() != queue->used_taken();
+        }
+        return any;
+    }
+    void clear_calls() {
+        for (const auto& queue : queues_) {
+            queue->calls();
+        }
+    }
+    /// Ends the load if the back-end has been silent for too long.
+    void check_timeout() {
+        if (!finished_ && Clock::now() - progress_ > vhost::kClientTimeout) {
+            totals_.problem(totals_.errors, "the back-end stopped answering");
+            finished_ = true;
+        }
+    }
+    std::vector<int> call_fds() const {
+        std::vector<int> fds;
+        for (const auto& queue : queues_) {
+            fds.push_back(queue->call_fd());
+        }
+        return fds;
     }
 
     const Totals& totals() const { return totals_; }
@@ -334,30 +388,18 @@ class Lane {
         return true;
     }
 
-    /// Fills the free slots, then takes what is finished, waiting when nothing is. False when all
-    /// slots are free and nothing more is to be done.
-    bool drive(bool (Lane::*next)(Slot&)) {
-        for (size_t q = 0; q < queues_.size(); ++q) {
-            bool added = false;
-            for (Slot& slot : slots_[q]) {
-                if (slot.busy || !(this->*next)(slot)) {
-                    continue;
-                }
-                start(q, slot);
-                added = true;
-            }
-            if (added) {
-                queues_[q]->kick_if_wanted();
-            }
+    /// Nothing is in flight, and nothing more is to be started.
+    void end_phase() {
+        if (next_ == &Lane::next_of_check) {
+            finished_ = true;
+            return;
         }
-        if (in_flight_ == 0) {
-            return false;
+        totals_.seconds = std::chrono::duration<double>(Clock::now() - begun_).count();
+        if (options_.verify && totals_.errors == 0) {
+            next_ = &Lane::next_of_check;
+        } else {
+            finished_ = true;
         }
-        if (!reap() && !wait()) {
-            totals_.problem(totals_.errors, "the back-end stopped answering");
-            return false;
-        }
-        return true;
     }
 
     void start(size_t q, Slot& slot) {
@@ -422,32 +464,6 @@ class Lane {
         }
     }
 
-    /// Until a completion can be taken; false after the client's timeout.
-    bool wait() {
-        auto give_up = Clock::now() + vhost::kClientTimeout;
-        std::vector<pollfd> calls;
-        while (Clock::now() < give_up) {
-            for (const auto& queue : queues_) {
-                queue->set_used_event(queue->used_taken());
-                if (queue->used_index() != queue->used_taken()) {
-                    return true;
-                }
-            }
-            if (options_.spin) {
-                continue;
-            }
-            calls.clear();
-            for (const auto& queue : queues_) {
-                calls.push_back(pollfd{queue->call_fd(), POLLIN, 0});
-            }
-            ::poll(calls.data(), calls.size(), 1000);
-            for (const auto& queue : queues_) {
-                queue->calls();
-            }
-        }
-        return false;
-    }
-
     void place(Slot& slot) const {
         slot.sector = sector_of(slot.block);
         slot.bytes = static_cast<uint32_t>(options_.block_bytes);
@@ -493,6 +509,10 @@ class Lane {
     uint64_t check_next_ = 0;
     size_t in_flight_ = 0;
     bool flush_due_ = false;
+    bool (Lane::*next_)(Slot&) = nullptr;  ///< What the present phase does with a free slot.
+    bool finished_ = false;
+    Clock::time_point begun_;
+    Clock::time_point progress_;  ///< Of the last completion.
     Clock::time_point deadline_;
     Totals totals_;
 };
@@ -552,16 +572,111 @@ void print_json(const Options& options, const Totals& all) {
     fmt::print("{}\n", report.dump(2));
 }
 
+/// Drives some lanes to their end, in turn; sleeps only when each waits for a completion.
+class Driver {
+  public:
+    Driver(const Options& options, std::vector<Lane*> lanes)
+        : options_(options), lanes_(std::move(lanes)) {}
+
+    Result<void> open() {
+        epoll_ = vhost::UniqueFd(::epoll_create1(EPOLL_CLOEXEC));
+        if (!epoll_) {
+            return std::unexpected(Error::from_errno(errno, "epoll_create1"));
+        }
+        for (size_t i = 0; i < lanes_.size(); ++i) {
+            for (const int fd : lanes_[i]->call_fds()) {
+                epoll_event event{};
+                event.events = EPOLLIN;
+                event.data.u64 = i;
+                if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) != 0) {
+                    return std::unexpected(Error::from_errno(errno, "watch a call descriptor"));
+                }
+            }
+        }
+        return {};
+    }
+
+    void run() {
+        for (Lane* lane : lanes_) {
+            lane->begin();
+        }
+        std::vector<Lane*> ready = lanes_;
+        std::vector<Lane*> again;
+        for (size_t left = lanes_.size(); left > 0;) {
+            again.clear();
+            for (Lane* lane : ready) {
+                const bool moved = lane->advance();
+                if (!moved && options_.spin) {
+                    lane->check_timeout();
+                }
+                if (lane->finished()) {
+                    --left;
+                } else if (moved || options_.spin || lane->ask_for_call()) {
+                    again.push_back(lane);
+                }
+            }
+            ready.swap(again);
+            if (ready.empty() && left > 0) {
+                left -= wait(ready);
+            }
+        }
+    }
+
+  private:
+    static constexpr int kEvents = 256;
+    static constexpr int kWaitMs = 1000;
+
+    /// Fills in the lanes that were called. Returns how many have ended, for nobody answers them.
+    size_t wait(std::vector<Lane*>& ready) {
+        std::array<epoll_event, kEvents> events{};
+        const int got = ::epoll_wait(epoll_.get(), events.data(), kEvents, kWaitMs);
+        for (int i = 0; i < got; ++i) {
+            Lane* const lane = lanes_[events[static_cast<size_t>(i)].data.u64];
+            lane->clear_calls();
+            // More than one of its queues may have called.
+            if (!lane->finished() && std::ranges::find(ready, lane) == ready.end()) {
+                ready.push_back(lane);
+            }
+        }
+        if (got > 0) {
+            return 0;
+        }
+        size_t ended = 0;
+        for (Lane* lane : lanes_) {
+            const bool before = lane->finished();
+            lane->check_timeout();
+            ended += lane->finished() && !before ? 1 : 0;
+        }
+        return ended;
+    }
+
+    const Options& options_;
+    std::vector<Lane*> lanes_;
+    vhost::UniqueFd epoll_;
+};
+
 Result<Totals> run_all(const Options& options) {
     std::vector<std::unique_ptr<Lane>> lanes;
     for (const std::string& socket : options.sockets) {
         lanes.push_back(std::make_unique<Lane>(options, socket, options.seed + lanes.size()));
         STELLARIUM_TRY(lanes.back()->connect());
     }
+    const size_t count = std::min<size_t>(
+        lanes.size(),
+        options.threads != 0 ? options.threads : std::max(std::thread::hardware_concurrency(), 1U));
+    std::vector<std::vector<Lane*>> shares(count);
+    for (size_t i = 0; i < lanes.size(); ++i) {
+        shares[i % count].push_back(lanes[i].get());
+    }
+    std::vector<std::unique_ptr<Driver>> drivers;
+    for (std::vector<Lane*>& share : shares) {
+        drivers.push_back(std::make_unique<Driver>(options, std::move(share)));
+        STELLARIUM_TRY(drivers.back()->open());
+    }
     std::vector<std::thread> threads;
-    threads.reserve(lanes.size());
-    for (const auto& lane : lanes) {
-        threads.emplace_back([&lane] { lane->run(); });
+    threads.reserve(count);
+    for (const auto& driver : drivers) {
+        threads.emplace_back([&driver] { driver->run(); });
     }
     for (std::thread& thread : threads) {
         thread.join();
@@ -638,6 +753,9 @@ int run(int argc, char** argv) {
         ->check(CLI::Range(1, 256));
     app.add_option("--queues", options.queues, "Queues of each socket")
         ->check(CLI::Range(1, static_cast<int>(vhost::kMaxQueues)));
+    app.add_option("--threads", options.threads,
+                   "Threads that drive the sockets; default: one for each processor")
+        ->check(CLI::Range(1, 1024));
     app.add_option("--offset", options.offset, "Where the span begins on the disk");
     app.add_option("--span", options.span, "Bytes of the disk to use; default: all");
     app.add_option("--flush-every", options.flush_every, "A flush after every N writes");

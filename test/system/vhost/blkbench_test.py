@@ -50,6 +50,14 @@ with tempfile.TemporaryDirectory() as folder:
             check(latency["p50"] <= latency["p99"] <= latency["max"], f"{kind} percentiles rise")
         check(report["write"]["bytes"] == 4096 * report["write"]["requests"], "bytes add up")
 
+        for driven in (["--threads", 1], ["--threads", 1, "--spin"]):
+            code, report, errors = bench(*sockets, *driven, "--queues", 2, "--depth", 4, "--span",
+                                         "1MiB", "--read-percent", 50, "--requests", 1000,
+                                         "--verify")
+            check(code == 0, f"one thread drives both disks, {driven}: {errors}")
+            check(report["read"]["requests"] + report["write"]["requests"] > 2000,
+                  f"and makes the requests of both: {report}")
+
         code, report, errors = bench(sockets[0], "--pattern", "sequential", "--block-size", "64KiB",
                                      "--depth", 4, "--requests", 500)
         check(code == 0 and report["read"]["requests"] == 500, f"sequential reads: {errors}")
