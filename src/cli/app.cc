@@ -400,6 +400,11 @@ void add_boot_commands(CLI::App& app, Builder& builder) {
     verb->add_option("--hints", arguments.hints,
                      "text for whoever starts the machine, such as a kernel command line")
         ->type_name("TEXT");
+    verb = builder.command(
+        boot, "extract", "Take kernel and initrd out of an image's own /boot, as images",
+        boot_extract,
+        "  stellarctl boot extract debian   # makes debian.vmlinuz and debian.initrd");
+    builder.word(verb, "IMAGE", arguments.name, "the image", "IMAGE");
     verb = builder.command(boot, "rm",
                            "Remove the boot manifest of the image that a source descends from",
                            boot_remove, "  stellarctl boot rm debian");

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -1227,6 +1228,69 @@ class Boots(TestCase):
         self.assertIsNone(s.json("boot", "show", "v")["kernel"])
         s.ok("boot", "rm", "v")
         self.assertEqual(s.json("boot", "ls"), {"boots": [], "recordings": []})
+
+
+class BootExtract(TestCase):
+    """Kernel and initrd come out of an image's file system, wherever on the disk it begins."""
+
+    KERNEL, INITRD = random.Random(1).randbytes(70_001), random.Random(2).randbytes(30_000)
+
+    def disk(self, s, files, offset=0):
+        """A disk with an ext4 of these files, in a partition when it does not begin at 0."""
+        tree, disk = s.folder / "tree", s.folder / "disk.raw"
+        for path, content in files.items():
+            (tree / path).parent.mkdir(parents=True, exist_ok=True)
+            (tree / path).write_bytes(content)
+        tree.mkdir(exist_ok=True)
+        with open(disk, "wb") as file:
+            file.truncate(offset + (16 << 20))
+            if offset:
+                # One entry of a partition table as DOS made it: type 0x83, first sector, sectors.
+                entry = struct.pack("<B3sB3sII", 0, b"", 0x83, b"", offset // 512, 32768)
+                file.seek(446)
+                file.write(entry)
+                file.seek(510)
+                file.write(b"\x55\xaa")
+        subprocess.run(["/sbin/mke2fs", "-q", "-t", "ext4", "-d", tree, "-E", f"offset={offset}",
+                        disk, "16M"], check=True, stdin=subprocess.DEVNULL,
+                       env={**os.environ, "MKE2FS_SYNC": "0"})
+        s.ok("image", "import", "i", disk)
+
+    def content(self, s, image):
+        out = s.folder / "out"
+        s.ok("image", "export", image, out, "--force")
+        return out.read_bytes()
+
+    def test_the_newest_kernel_with_its_initrd(self):
+        for offset in (0, 1 << 20):
+            with self.subTest(offset=offset):
+                s = self.store()
+                self.disk(s, {"boot/vmlinuz-6.1.0-9-amd64": b"old", "boot/initrd.img-6.1.0-9-amd64": b"x",
+                              "boot/vmlinuz-6.1.0-10-amd64": self.KERNEL,
+                              "boot/initrd.img-6.1.0-10-amd64": self.INITRD,
+                              "boot/vmlinuz-9; quit": b"no", "etc/fstab": b"none"}, offset)
+                before = set(Path(tempfile.gettempdir()).glob("stellarctl-*"))
+                shown = s.json("boot", "extract", "i")
+                self.assertEqual((shown["kernel"]["image"], shown["initrd"]["image"]),
+                                 ("i.vmlinuz", "i.initrd"))
+                self.assertEqual(self.content(s, "i.vmlinuz"), self.KERNEL)
+                self.assertEqual(self.content(s, "i.initrd"), self.INITRD)
+                self.assertEqual(set(Path(tempfile.gettempdir()).glob("stellarctl-*")) - before, set())
+                self.assert_fails(s.run("boot", "extract", "i"), "already_exists", "image rm i.vmlinuz")
+
+    def test_a_partition_for_boot_and_no_initrd(self):
+        s = self.store()
+        self.disk(s, {"vmlinuz-5.10": self.KERNEL, "initrd.img-5.9": b"of another"}, 1 << 20)
+        shown = s.json("boot", "extract", "i")
+        self.assertEqual((shown["kernel"]["size_bytes"], shown["initrd"]), (len(self.KERNEL), None))
+
+    def test_an_image_without_one(self):
+        s = self.store()
+        self.disk(s, {"etc/fstab": b"none"})
+        self.assert_fails(s.run("boot", "extract", "i"), "not_found", "boot set i")
+        self.assertEqual([image["name"] for image in s.json("image", "ls")], ["i"])
+        s.ok("image", "import", "noise", "-", data=os.urandom(100_000))
+        self.assert_fails(s.run("boot", "extract", "noise"), "not_found", "boot set noise")
 
 
 class Daemon(TestCase):

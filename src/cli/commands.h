@@ -111,6 +111,7 @@ Result<void> boot_stop(Context& context, const Arguments& arguments);
 Result<void> boot_list(Context& context, const Arguments& arguments);
 Result<void> boot_show(Context& context, const Arguments& arguments);
 Result<void> boot_set(Context& context, const Arguments& arguments);
+Result<void> boot_extract(Context& context, const Arguments& arguments);
 Result<void> boot_remove(Context& context, const Arguments& arguments);
 Result<void> prefetch(Context& context, const Arguments& arguments);
 Result<void> collect_garbage(Context& context, const Arguments& arguments);
