@@ -32,7 +32,9 @@ bool Connection::next_option() {
         return false;
     }
     if (list_after_) {
-        list(*std::exchange(list_after_, std::nullopt));
+        std::string after = *std::move(list_after_);
+        list_after_.reset();
+        list(std::move(after));
         blocked_ = true;
         return false;
     }

@@ -5,7 +5,6 @@
 #include <future>
 #include <map>
 #include <mutex>
-#include <optional>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -96,8 +95,8 @@ struct Server::Impl {
             loops.push_back(std::make_unique<Loop>());
             asio::post(*loops.back()->io, [loop = loops.back().get()] { loop->sweep_soon(); });
         }
-        acceptor.emplace(*loops.front()->io);
-        retry.emplace(*loops.front()->io);
+        acceptor = std::make_unique<Acceptor>(*loops.front()->io);
+        retry = std::make_unique<asio::steady_timer>(*loops.front()->io);
     }
 
     const ServerOptions options;
@@ -105,8 +104,8 @@ struct Server::Impl {
     std::vector<std::unique_ptr<Loop>> loops;
 
     // Of the first loop's thread.
-    std::optional<Acceptor> acceptor;
-    std::optional<asio::steady_timer> retry;
+    std::unique_ptr<Acceptor> acceptor;
+    std::unique_ptr<asio::steady_timer> retry;
     size_t next_loop = 0;
     bool accepting = false;
     bool stopping = false;

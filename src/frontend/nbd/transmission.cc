@@ -14,6 +14,9 @@
 namespace stellarium::nbd {
 namespace {
 
+/// What kind_of() says of a READ.
+constexpr size_t kReadKind = 0;
+
 bool has_data_to_come(uint16_t command) {
     return command == kCmdWrite;
 }
@@ -78,7 +81,7 @@ std::string_view command_name(size_t kind) {
 std::optional<size_t> kind_of(uint16_t command) {
     switch (command) {
         case kCmdRead:
-            return 0;
+            return kReadKind;
         case kCmdWrite:
             return 1;
         case kCmdFlush:
@@ -147,13 +150,14 @@ bool Connection::next_request() {
 std::optional<std::pair<uint32_t, std::string>> Connection::objection(
     const Request& request) const {
     using Objection = std::pair<uint32_t, std::string>;
-    if (!kind_of(request.command)) {
+    const auto kind = kind_of(request.command);
+    if (!kind) {
         return Objection(kErrInvalid, fmt::format("command {} is not known", request.command));
     }
     const uint16_t command = request.command;
     if ((request.flags & ~flags_of(command, structured_)) != 0) {
         return Objection(kErrInvalid, fmt::format("flags {:#x} do not go with a {}", request.flags,
-                                                  command_name(*kind_of(command))));
+                                                  command_name(*kind)));
     }
     if (command == kCmdFlush) {
         return std::nullopt;
@@ -303,8 +307,8 @@ void Connection::piece_read(const std::shared_ptr<Request>& request, uint64_t of
     push_data(request, offset_bytes, std::move(chunk), last);
     --request->pending;
     if (last) {
-        const size_t kind = *kind_of(kCmdRead);
-        shared_.counters[kind].bytes.fetch_add(request->length_bytes, std::memory_order_relaxed);
+        shared_.counters[kReadKind].bytes.fetch_add(request->length_bytes,
+                                                    std::memory_order_relaxed);
     }
 }
 
@@ -378,8 +382,10 @@ bool Connection::go_on_writing(const std::shared_ptr<Request>& request) {
         if (filled_bytes_ < piece) {
             return false;
         }
+        Chunk data = *std::move(filling_);
+        filling_.reset();
         begun();
-        write_piece(request, offset, *std::exchange(filling_, std::nullopt));
+        write_piece(request, offset, std::move(data));
         return !closed_;
     }
     if (available().size() < piece) {
@@ -551,10 +557,10 @@ void Connection::fail_request(Request& request, const Error& error) {
     // A client may repeat what fails as fast as it likes: log the 1st, 2nd, 4th, 8th, ...
     const uint64_t failures = shared_.failures.fetch_add(1, std::memory_order_relaxed) + 1;
     if (std::has_single_bit(failures)) {
-        shared_.log(name_,
-                    fmt::format("{} of {} bytes at {} failed ({} failures so far): {}",
-                                command_name(*kind_of(request.command)), request.length_bytes,
-                                request.offset_bytes, failures, error.message()));
+        shared_.log(name_, fmt::format("{} of {} bytes at {} failed ({} failures so far): {}",
+                                       command_name(kind_of(request.command).value_or(kReadKind)),
+                                       request.length_bytes, request.offset_bytes, failures,
+                                       error.message()));
     }
     if (request.error == 0) {
         request.error = wire_error_of(error);
