@@ -184,9 +184,7 @@ class Volume : public std::enable_shared_from_this<Volume> {
     DirtyMap& dirty_map();
     /// The shards of the map as far as there is one: what is dirty, or busy, is in one of these.
     std::span<Shard> shards() const;
-    Shard& shard_of(uint64_t page) {
-        return dirty_map().shards[page / kPagesPerLeaf % kShards];
-    }
+    Shard& shard_of(uint64_t page) { return dirty_map().shards[page / kPagesPerLeaf % kShards]; }
 
     void tell_observer_now(uint64_t offset_bytes, std::span<const iovec> into) const;
 
