@@ -149,6 +149,7 @@ Result<RecordingStatus> Boot::stop(std::string_view source, bool discard) {
 std::vector<RecordingStatus> Boot::recordings() const {
     std::vector<RecordingStatus> all;
     const std::lock_guard lock(recordings_mutex_);
+    all.reserve(recordings_.size());
     for (const auto& [id, recording] : recordings_) {
         all.push_back(status_of(recording));
     }

@@ -68,14 +68,17 @@ bool is_older(std::string_view a, std::string_view b) {
     const auto digits = [](std::string_view text) {
         return std::min(text.find_first_not_of("0123456789"), text.size());
     };
+    const auto number = [](std::string_view text) {
+        uint64_t value = 0;
+        std::from_chars(text.begin(), text.end(), value);
+        return value;
+    };
     while (!a.empty() && !b.empty()) {
         const size_t a_digits = digits(a);
         const size_t b_digits = digits(b);
         if (a_digits > 0 && b_digits > 0) {
-            uint64_t left = 0;
-            uint64_t right = 0;
-            std::from_chars(a.data(), a.data() + a_digits, left);
-            std::from_chars(b.data(), b.data() + b_digits, right);
+            const uint64_t left = number(a.substr(0, a_digits));
+            const uint64_t right = number(b.substr(0, b_digits));
             if (left != right) {
                 return left < right;
             }
@@ -166,7 +169,7 @@ Result<std::optional<Found>> find_kernel(const std::string& disk) {
             }
             const std::string prefix = folder == "/" ? "/" : std::string(folder) + "/";
             Found found{.offset_bytes = offset,
-                        .kernel = prefix + std::string(kKernel) + version,
+                        .kernel = fmt::format("{}{}{}", prefix, kKernel, version),
                         .initrd = {}};
             for (const std::string& initrd :
                  {"initrd.img-" + version, "initramfs-" + version + ".img", "initrd-" + version,

@@ -254,7 +254,8 @@ void Holder::answer(int client) {
     }
     const std::string text = encode_answer(result, status, message);
     // Whoever asked and did not wait for the answer has none.
-    static_cast<void>(send_packet(client, bytes_of(std::string_view(text)), descriptors));
+    [[maybe_unused]] const Result<void> sent =
+        send_packet(client, bytes_of(std::string_view(text)), descriptors);
 }
 
 void Holder::serve() {

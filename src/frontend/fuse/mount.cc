@@ -672,7 +672,7 @@ Mount::~Mount() {
         stop();
     } else if (!impl_->session) {
         // A start that failed. Files that are open wait for the next one.
-        static_cast<void>(unmount());
+        [[maybe_unused]] const auto unmounted = unmount();
     }
 }
 
