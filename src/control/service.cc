@@ -986,6 +986,7 @@ ControlService::ControlService(nova::Pool& pool, ServiceOptions options) {
         options.boot = own_boot.get();
     }
     boot::Boot& boot = *options.boot;
+    // It has no constructor. NOLINTNEXTLINE(modernize-make-unique)
     impl_.reset(new Impl{.pool = pool,
                          .options = std::move(options),
                          .own_boot = std::move(own_boot),

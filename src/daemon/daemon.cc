@@ -139,11 +139,11 @@ class MountHolder {
     }
     ~MountHolder() {
         if (client_ && started_) {
-            static_cast<void>(client_->unmount());
+            [[maybe_unused]] const auto unmounted = client_->unmount();
         }
     }
-    bool there() const { return client_.has_value(); }
-    fuse::HolderClient take() { return *std::exchange(client_, std::nullopt); }
+    /// nullopt when there is none, or it was taken.
+    std::optional<fuse::HolderClient> take() { return std::exchange(client_, std::nullopt); }
 
   private:
     std::optional<fuse::HolderClient> client_;
@@ -319,7 +319,8 @@ void set_status(const std::string& status) {
 
 Result<std::unique_ptr<fuse::Mount>> adopt_mount(const DaemonConfig& config, nova::Pool& pool,
                                                  MountHolder holder, Log& log) {
-    if (!holder.there()) {
+    std::optional<fuse::HolderClient> client = holder.take();
+    if (!client) {
         return nullptr;
     }
     fuse::MountOptions options;
@@ -335,7 +336,7 @@ Result<std::unique_ptr<fuse::Mount>> adopt_mount(const DaemonConfig& config, nov
                 return log.error("files", fields);
         }
     };
-    STELLARIUM_ASSIGN(auto mount, fuse::Mount::adopt(pool, holder.take(), std::move(options)));
+    STELLARIUM_ASSIGN(auto mount, fuse::Mount::adopt(pool, *std::move(client), std::move(options)));
     const fuse::MountStatus status = mount->status();
     log.info("files", {{"directory", status.directory},
                        {"holder", std::to_string(status.holder_pid)},
