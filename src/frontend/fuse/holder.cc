@@ -24,6 +24,7 @@
 #include "base/unique_fd.h"
 #include "frontend/fuse/holder_protocol.h"
 #include "frontend/fuse/open_table.h"
+#include "frontend/fuse/session.h"
 
 namespace stellarium::fuse {
 namespace {
@@ -57,11 +58,6 @@ int run_program(const std::vector<std::string>& words) {
     }
     return child > 0 && WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
-
-struct DestroySession {
-    void operator()(fuse_session* session) const { fuse_session_destroy(session); }
-};
-using Session = std::unique_ptr<fuse_session, DestroySession>;
 
 /// libfuse says what goes wrong on stderr only; here it goes where the caller can say it.
 std::string last_complaint;

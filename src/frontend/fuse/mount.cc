@@ -38,6 +38,7 @@
 #include "frontend/fuse/files.h"
 #include "frontend/fuse/limits.h"
 #include "frontend/fuse/open_table.h"
+#include "frontend/fuse/session.h"
 #include "frontend/fuse/tree.h"
 
 namespace stellarium::fuse {
@@ -116,10 +117,6 @@ struct Worker {
 };
 thread_local Worker* this_worker = nullptr;
 
-struct DestroySession {
-    void operator()(fuse_session* session) const { fuse_session_destroy(session); }
-};
-
 }  // namespace
 
 struct Mount::Impl {
@@ -169,7 +166,7 @@ struct Mount::Impl {
     UniqueFd own_fuse;  ///< Until then.
     std::unique_ptr<OpenTable> table;
     std::unique_ptr<Files> files;
-    std::unique_ptr<fuse_session, DestroySession> session;
+    Session session;
     std::vector<std::unique_ptr<Worker>> workers;
     std::vector<std::thread> threads;
     std::atomic<unsigned> running{0};  ///< Threads.
