@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "base/units.h"
+#include "daemon/flush_device.h"
 #include "nova/limits.h"
 
 namespace stellarium::daemon {
@@ -22,12 +23,6 @@ constexpr std::chrono::seconds kReleaseTimeout{30};
 
 uint64_t whole_sectors(uint64_t size_bytes) {
     return (size_bytes + nova::kSectorBytes - 1) / nova::kSectorBytes * nova::kSectorBytes;
-}
-
-Result<void> flush_device(BlockDevice& device) {
-    const auto done = std::make_shared<std::promise<Result<void>>>();
-    device.flush_async([done](Result<void> result) { done->set_value(std::move(result)); });
-    return done->get_future().get();
 }
 
 class ReaderMap final : public nbd::AllocationMap {

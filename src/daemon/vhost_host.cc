@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "control/locations.h"
+#include "daemon/flush_device.h"
 #include "daemon/limits.h"
 
 namespace stellarium::daemon {
@@ -20,12 +21,6 @@ using control::AttachmentStatus;
 
 std::string device_name(uint64_t id) {
     return std::to_string(id);
-}
-
-Result<void> flush_device(BlockDevice& device) {
-    const auto done = std::make_shared<std::promise<Result<void>>>();
-    device.flush_async([done](Result<void> result) { done->set_value(std::move(result)); });
-    return done->get_future().get();
 }
 
 }  // namespace
