@@ -36,9 +36,9 @@
 #include <nlohmann/json.hpp>
 #include <sys/epoll.h>
 
+#include "base/unique_fd.h"
 #include "base/units.h"
 #include "frontend/vhost/limits.h"
-#include "frontend/vhost/unique_fd.h"
 #include "frontend/vhost_client/client.h"
 
 namespace stellarium::bench {
@@ -579,7 +579,7 @@ class Driver {
         : options_(options), lanes_(std::move(lanes)) {}
 
     Result<void> open() {
-        epoll_ = vhost::UniqueFd(::epoll_create1(EPOLL_CLOEXEC));
+        epoll_ = UniqueFd(::epoll_create1(EPOLL_CLOEXEC));
         if (!epoll_) {
             return std::unexpected(Error::from_errno(errno, "epoll_create1"));
         }
@@ -652,7 +652,7 @@ class Driver {
 
     const Options& options_;
     std::vector<Lane*> lanes_;
-    vhost::UniqueFd epoll_;
+    UniqueFd epoll_;
 };
 
 Result<Totals> run_all(const Options& options) {

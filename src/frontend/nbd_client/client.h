@@ -361,7 +361,7 @@ class TestClient {
   private:
     bool take_chunk();
 
-    vhost::UniqueFd fd_;
+    UniqueFd fd_;
     bool connected_ = false;
     bool structured_ = false;
     std::optional<Greeting> greeting_;

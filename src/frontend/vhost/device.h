@@ -11,11 +11,11 @@
 
 #include "base/block_device.h"
 #include "base/budget.h"
+#include "base/unique_fd.h"
 #include "frontend/vhost/limits.h"
 #include "frontend/vhost/listener.h"
 #include "frontend/vhost/server.h"
 #include "frontend/vhost/throttle.h"
-#include "frontend/vhost/unique_fd.h"
 #include "frontend/vhost/worker.h"
 
 namespace stellarium::vhost {

@@ -22,7 +22,7 @@
 
 #include "base/bytes.h"
 #include "base/error.h"
-#include "frontend/vhost/unique_fd.h"
+#include "base/unique_fd.h"
 
 namespace stellarium::vhost {
 

@@ -6,7 +6,7 @@
 #include <sys/types.h>
 
 #include "base/error.h"
-#include "frontend/vhost/unique_fd.h"
+#include "base/unique_fd.h"
 
 namespace stellarium::vhost {
 

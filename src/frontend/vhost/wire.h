@@ -11,8 +11,8 @@
 
 #include "base/bytes.h"
 #include "base/error.h"
+#include "base/unique_fd.h"
 #include "frontend/vhost/protocol.h"
-#include "frontend/vhost/unique_fd.h"
 
 namespace stellarium::vhost {
 

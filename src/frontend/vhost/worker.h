@@ -23,8 +23,8 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/unique_fd.h"
 #include "frontend/vhost/request.h"
-#include "frontend/vhost/unique_fd.h"
 
 namespace stellarium::vhost {
 

@@ -21,8 +21,8 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/unique_fd.h"
 #include "frontend/vhost/protocol.h"
-#include "frontend/vhost/unique_fd.h"
 
 namespace stellarium::vhost {
 

@@ -16,7 +16,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "frontend/vhost/unique_fd.h"
+#include "base/unique_fd.h"
 
 extern char** environ;
 
