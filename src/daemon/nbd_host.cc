@@ -11,8 +11,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "base/flush_device.h"
 #include "base/units.h"
-#include "daemon/flush_device.h"
 #include "nova/limits.h"
 
 namespace stellarium::daemon {

@@ -8,8 +8,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "base/flush_device.h"
 #include "control/locations.h"
-#include "daemon/flush_device.h"
 #include "daemon/limits.h"
 
 namespace stellarium::daemon {

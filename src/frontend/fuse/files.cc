@@ -4,7 +4,6 @@
 #include <array>
 #include <atomic>
 #include <cstring>
-#include <future>
 #include <map>
 #include <vector>
 
@@ -12,6 +11,7 @@
 #include <fmt/format.h>
 #include <sys/uio.h>
 
+#include "base/flush_device.h"
 #include "frontend/fuse/tree.h"
 
 namespace stellarium::fuse {
@@ -33,12 +33,6 @@ iovec part_of(Bytes bytes) {
 
 iovec part_of(MutableBytes bytes) {
     return {.iov_base = bytes.data(), .iov_len = bytes.size()};
-}
-
-Result<void> flush_and_wait(BlockDevice& device) {
-    const auto done = std::make_shared<std::promise<Result<void>>>();
-    device.flush_async([done](Result<void> result) { done->set_value(std::move(result)); });
-    return done->get_future().get();
 }
 
 std::string_view folder_name(nova::EntityKind kind) {
@@ -140,7 +134,7 @@ void Files::let_go(Node& node) {
         device.reset();
     };
     if (node.holding == 0 && node.writer) {
-        if (const Result<void> flushed = flush_and_wait(*node.writer); !flushed) {
+        if (const Result<void> flushed = flush_device(*node.writer); !flushed) {
             options_.warn(fmt::format("{}: {}", node.name, flushed.error().message()));
         }
         release(node.writer);

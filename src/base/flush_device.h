@@ -10,7 +10,7 @@
 #include "base/block_device.h"
 #include "base/error.h"
 
-namespace stellarium::daemon {
+namespace stellarium {
 
 /// Returns when everything that completed before is durable, or with what prevented it.
 inline Result<void> flush_device(BlockDevice& device) {
@@ -19,4 +19,4 @@ inline Result<void> flush_device(BlockDevice& device) {
     return done->get_future().get();
 }
 
-}  // namespace stellarium::daemon
+}  // namespace stellarium
