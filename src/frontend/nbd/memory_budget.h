@@ -7,46 +7,38 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 
+#include "base/budget.h"
 #include "frontend/nbd/limits.h"
 
 namespace stellarium::nbd {
 
 class MemoryBudget {
   public:
-    explicit MemoryBudget(uint64_t shared_bytes = kSharedBytes) : shared_bytes_(shared_bytes) {}
+    explicit MemoryBudget(uint64_t shared_bytes = kSharedBytes) : shared_(shared_bytes) {}
 
     /// Adds `bytes` to what a client holds; false when that would be too much now.
     bool take(uint64_t& held, uint64_t bytes) {
         if (held + bytes > kMaxClientBytes) {
             return false;
         }
-        const uint64_t more = beyond(held + bytes) - beyond(held);
-        uint64_t used = used_.load(std::memory_order_relaxed);
-        while (more > 0) {
-            if (used + more > shared_bytes_) {
-                return false;
-            }
-            if (used_.compare_exchange_weak(used, used + more, std::memory_order_relaxed)) {
-                break;
-            }
+        if (!shared_.take(beyond(held + bytes) - beyond(held))) {
+            return false;
         }
         held += bytes;
         return true;
     }
     void give(uint64_t& held, uint64_t bytes) {
-        used_.fetch_sub(beyond(held) - beyond(held - bytes), std::memory_order_relaxed);
+        shared_.give_back(beyond(held) - beyond(held - bytes));
         held -= bytes;
     }
-    uint64_t used() const { return used_.load(std::memory_order_relaxed); }
+    uint64_t used() const { return shared_.taken(); }
 
   private:
     static uint64_t beyond(uint64_t held) { return held - std::min(held, kReservedBytes); }
 
-    const uint64_t shared_bytes_;
-    std::atomic<uint64_t> used_{0};
+    Budget shared_;
 };
 
 }  // namespace stellarium::nbd
