@@ -261,8 +261,7 @@ Result<ManifestView> Boot::set_files(std::string_view source, const BootFiles& f
 Result<void> Boot::remove(std::string_view source) {
     STELLARIUM_ASSIGN(const Hash256 root, pool_.boot_root(source));
     const std::lock_guard lock(manifests_mutex_);
-    const std::vector<Hash256> all = pool_.boot_manifests();
-    if (!std::ranges::binary_search(all, root)) {
+    if (!pool_.has_boot_manifest(root)) {
         return std::unexpected(no_manifest(source));
     }
     return pool_.set_boot_manifest(root, std::nullopt);

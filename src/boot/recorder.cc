@@ -45,8 +45,7 @@ void Recorder::on_read(uint64_t offset_bytes, uint64_t length_bytes) {
         const uint64_t stop = std::min(end, (page / nova::kPagesPerLeaf + 1) * nova::kPagesPerLeaf);
         while (page < stop) {
             const auto is_touched = [&](uint64_t which) {
-                const uint64_t bit = which % nova::kPagesPerLeaf;
-                return (bits[bit / 64] >> (bit % 64) & 1) != 0;
+                return nova::has_bit(bits, which % nova::kPagesPerLeaf);
             };
             if (is_touched(page)) {
                 ++page;
@@ -54,8 +53,7 @@ void Recorder::on_read(uint64_t offset_bytes, uint64_t length_bytes) {
             }
             const uint64_t start = page;
             for (; page < stop && !is_touched(page); ++page) {
-                const uint64_t bit = page % nova::kPagesPerLeaf;
-                bits[bit / 64] |= uint64_t{1} << (bit % 64);
+                nova::set_bit(bits, page % nova::kPagesPerLeaf);
             }
             append(start, page);
             if (cut_.load(std::memory_order_relaxed)) {

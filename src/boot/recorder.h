@@ -24,6 +24,7 @@
 #include "boot/limits.h"
 #include "boot/manifest.h"
 #include "io/io.h"
+#include "nova/leaf_bits.h"
 #include "nova/tree.h"
 #include "nova/volume.h"
 

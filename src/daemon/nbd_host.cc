@@ -21,10 +21,6 @@ namespace {
 /// How long a client waits for the flush of those that had the volume before.
 constexpr std::chrono::seconds kReleaseTimeout{30};
 
-uint64_t whole_sectors(uint64_t size_bytes) {
-    return (size_bytes + nova::kSectorBytes - 1) / nova::kSectorBytes * nova::kSectorBytes;
-}
-
 class ReaderMap final : public nbd::AllocationMap {
   public:
     explicit ReaderMap(std::unique_ptr<nova::Reader> reader) : reader_(std::move(reader)) {}
@@ -260,7 +256,7 @@ Result<std::vector<std::string>> NbdHost::list(std::string_view after, size_t at
 Result<nbd::ExportInfo> NbdHost::find(std::string_view name) {
     STELLARIUM_ASSIGN(const nova::EntityInfo info, pool_.find(name));
     nbd::ExportInfo found;
-    found.size_bytes = whole_sectors(info.size_bytes);
+    found.size_bytes = nova::round_up_to_sectors(info.size_bytes);
     found.read_only =
         info.kind != nova::EntityKind::kVolume || pool_.read_only_reason().has_value();
     found.description =

@@ -1,6 +1,6 @@
 // Every bound of the volumes layer, in one place, with the relations that must hold between them.
 //
-// Thread rule: constants.
+// Thread rule: constants and pure functions.
 #pragma once
 
 #include <chrono>
@@ -17,6 +17,11 @@ inline constexpr uint64_t kPageBytes = nebula::kPageBytes;
 inline constexpr uint64_t kLeafBytes = uint64_t{nebula::kLeafPages} * kPageBytes;
 inline constexpr uint64_t kMaxPages = kMaxVolumeBytes / kPageBytes;
 static_assert(kPageBytes % kSectorBytes == 0);
+
+/// What a device of something that is so long has.
+constexpr uint64_t round_up_to_sectors(uint64_t bytes) {
+    return (bytes + kSectorBytes - 1) / kSectorBytes * kSectorBytes;
+}
 static_assert(kMaxPages < uint64_t{1} << 40, "map entries hold 40-bit page numbers");
 
 // Names and their company.

@@ -47,10 +47,6 @@ std::string hex(const Identity& identity) {
     return text;
 }
 
-uint64_t round_up_to_sectors(uint64_t bytes) {
-    return (bytes + kSectorBytes - 1) / kSectorBytes * kSectorBytes;
-}
-
 unsigned worker_count(unsigned asked) {
     return asked != 0 ? asked : std::clamp(std::thread::hardware_concurrency(), 1U, 8U);
 }

@@ -11,22 +11,6 @@
 #include "nova/reader.h"
 
 namespace stellarium::nova {
-namespace {
-
-bool has_bit(const LeafBits& bits, uint64_t page_in_leaf) {
-    return (bits[page_in_leaf / 64] >> (page_in_leaf % 64) & 1) != 0;
-}
-
-void set_bit(LeafBits& bits, uint64_t page_in_leaf) {
-    bits[page_in_leaf / 64] |= uint64_t{1} << (page_in_leaf % 64);
-}
-
-void clear_bit(LeafBits& bits, uint64_t page_in_leaf) {
-    bits[page_in_leaf / 64] &= ~(uint64_t{1} << (page_in_leaf % 64));
-}
-
-}  // namespace
-
 Volume::Volume(nebula::Store& store, NodeCache& cache, Arena& arena, Writeback& writeback,
                EntityPtr entity)
     : store_(store),
@@ -41,7 +25,7 @@ Volume::~Volume() {
 }
 
 uint64_t Volume::size_bytes() const {
-    return (entity_->size_bytes() + kSectorBytes - 1) / kSectorBytes * kSectorBytes;
+    return round_up_to_sectors(entity_->size_bytes());
 }
 
 Result<void> Volume::check_range(uint64_t offset_bytes, uint64_t length_bytes) const {
@@ -783,11 +767,7 @@ std::shared_ptr<ReadObserver> Volume::observer() const {
 void Volume::tell_observer_now(uint64_t offset_bytes, std::span<const iovec> into) const {
     const std::shared_ptr<ReadObserver> observer = this->observer();
     if (observer) {
-        uint64_t length_bytes = 0;
-        for (const iovec& part : into) {
-            length_bytes += part.iov_len;
-        }
-        observer->on_read(offset_bytes, length_bytes);
+        observer->on_read(offset_bytes, total_bytes(into));
     }
 }
 

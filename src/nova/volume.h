@@ -42,6 +42,7 @@
 #include "nova/arena.h"
 #include "nova/catalog.h"
 #include "nova/iovecs.h"
+#include "nova/leaf_bits.h"
 #include "nova/tree.h"
 
 namespace stellarium::nova {
@@ -82,9 +83,6 @@ struct DirtyRun {
     uint16_t pages = 1;
     bool zero = false;  ///< The slot holds no data: the pages are zeros.
 };
-
-/// One bit for each page of a leaf.
-using LeafBits = std::array<uint64_t, kPagesPerLeaf / 64>;
 
 class Volume : public std::enable_shared_from_this<Volume> {
   public:
