@@ -13,26 +13,25 @@
 
 #include "base/flush_device.h"
 #include "frontend/fuse/tree.h"
+#include "nova/iovecs.h"
+#include "nova/limits.h"
 
 namespace stellarium::fuse {
 namespace {
 
-constexpr uint64_t kSectorBytes = 512;
+using nova::kSectorBytes;
+using nova::to_iovec;
 
 constexpr uint64_t down(uint64_t bytes) {
     return bytes / kSectorBytes * kSectorBytes;
 }
 constexpr uint64_t up(uint64_t bytes) {
-    return down(bytes + kSectorBytes - 1);
+    return nova::round_up_to_sectors(bytes);
 }
 
 iovec part_of(Bytes bytes) {
     // A vector for writing is read only.
     return {.iov_base = const_cast<std::byte*>(bytes.data()), .iov_len = bytes.size()};
-}
-
-iovec part_of(MutableBytes bytes) {
-    return {.iov_base = bytes.data(), .iov_len = bytes.size()};
 }
 
 std::string_view folder_name(nova::EntityKind kind) {
@@ -312,7 +311,7 @@ Result<Bytes> Files::read(uint64_t number, uint64_t handle, uint64_t offset_byte
     }
     const auto file = table_.find(handle);
     const bool cached = file && (file->flags & kOpenCached) != 0;
-    const iovec part = part_of(scratch.first(end - start));
+    const iovec part = to_iovec(scratch.first(end - start));
     STELLARIUM_TRY(
         device->read(start, {&part, 1}, cached ? IoMode::kMayBlockOnce : IoMode::kMayBlock));
     return Bytes(scratch.subspan(offset_bytes - start, length_bytes));
@@ -345,7 +344,7 @@ Result<size_t> Files::write(uint64_t number, uint64_t offset_bytes, Bytes data) 
     std::array<std::byte, kSectorBytes> first;
     std::array<std::byte, kSectorBytes> last;
     const auto load = [&](uint64_t sector, std::array<std::byte, kSectorBytes>& into) {
-        const iovec part = part_of(MutableBytes(into));
+        const iovec part = to_iovec(MutableBytes(into));
         return device->read(sector, {&part, 1}, IoMode::kMayBlock);
     };
     std::vector<iovec> parts;
