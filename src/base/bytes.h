@@ -9,6 +9,7 @@
 #pragma once
 
 #include <array>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -22,32 +23,39 @@ namespace stellarium {
 using Bytes = std::span<const std::byte>;
 using MutableBytes = std::span<std::byte>;
 
-/// An unsigned integer of `Width` bytes, little-endian, alignment 1.
-template <typename Native, size_t Width = sizeof(Native)>
-class LittleEndian {
+/// An unsigned integer of `Width` bytes in a given order, alignment 1.
+template <typename Native, size_t Width, std::endian Order>
+class Packed {
     static_assert(std::is_unsigned_v<Native> && Width <= sizeof(Native));
 
   public:
-    constexpr LittleEndian() = default;
-    constexpr LittleEndian(Native value) { set(value); }  // NOLINT(google-explicit-constructor)
+    constexpr Packed() = default;
+    constexpr Packed(Native value) { set(value); }  // NOLINT(google-explicit-constructor)
 
     constexpr Native get() const {
         Native value = 0;
         for (size_t i = 0; i < Width; ++i) {
-            value = static_cast<Native>(value | static_cast<Native>(Native{bytes_[i]} << (8 * i)));
+            value = static_cast<Native>(value | static_cast<Native>(Native{bytes_[i]} << shift(i)));
         }
         return value;
     }
     constexpr void set(Native value) {
         for (size_t i = 0; i < Width; ++i) {
-            bytes_[i] = static_cast<uint8_t>(value >> (8 * i));
+            bytes_[i] = static_cast<uint8_t>(value >> shift(i));
         }
     }
     constexpr operator Native() const { return get(); }  // NOLINT(google-explicit-constructor)
 
   private:
+    static constexpr size_t shift(size_t i) {
+        return 8 * (Order == std::endian::little ? i : Width - 1 - i);
+    }
     std::array<uint8_t, Width> bytes_{};
 };
+template <typename Native, size_t Width = sizeof(Native)>
+using LittleEndian = Packed<Native, Width, std::endian::little>;
+template <typename Native, size_t Width = sizeof(Native)>
+using BigEndian = Packed<Native, Width, std::endian::big>;
 
 using U8 = LittleEndian<uint8_t>;
 using U16Le = LittleEndian<uint16_t>;
@@ -55,6 +63,9 @@ using U24Le = LittleEndian<uint32_t, 3>;
 using U32Le = LittleEndian<uint32_t>;
 using U40Le = LittleEndian<uint64_t, 5>;
 using U64Le = LittleEndian<uint64_t>;
+using U16Be = BigEndian<uint16_t>;
+using U32Be = BigEndian<uint32_t>;
+using U64Be = BigEndian<uint64_t>;
 static_assert(sizeof(U24Le) == 3 && alignof(U24Le) == 1 && sizeof(U64Le) == 8);
 
 /// The bytes of a trivially copyable value, for writing it out.

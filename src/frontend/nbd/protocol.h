@@ -7,37 +7,12 @@
 // Thread rule: constants and values.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 
+#include "base/bytes.h"
+
 namespace stellarium::nbd {
-
-/// An unsigned integer in network byte order, alignment 1.
-template <typename Native>
-class BigEndian {
-  public:
-    constexpr BigEndian() = default;
-    constexpr BigEndian(Native value) {  // NOLINT(google-explicit-constructor)
-        for (size_t i = 0; i < sizeof(Native); ++i) {
-            bytes_[i] = static_cast<uint8_t>(value >> (8 * (sizeof(Native) - 1 - i)));
-        }
-    }
-    constexpr Native get() const {
-        Native value = 0;
-        for (const uint8_t byte : bytes_) {
-            value = static_cast<Native>(static_cast<Native>(value << 8) | byte);
-        }
-        return value;
-    }
-    constexpr operator Native() const { return get(); }  // NOLINT(google-explicit-constructor)
-
-  private:
-    std::array<uint8_t, sizeof(Native)> bytes_{};
-};
-using U16Be = BigEndian<uint16_t>;
-using U32Be = BigEndian<uint32_t>;
-using U64Be = BigEndian<uint64_t>;
 
 // --- Handshake -----------------------------------------------------------------------------------
 
