@@ -17,11 +17,11 @@
 #include <sys/mount.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include "base/unique_fd.h"
+#include "base/unix_address.h"
 #include "frontend/fuse/holder_protocol.h"
 #include "frontend/fuse/open_table.h"
 #include "frontend/fuse/session.h"
@@ -156,13 +156,7 @@ Result<void> Holder::mount() {
 }
 
 Result<void> Holder::listen() {
-    sockaddr_un address{};
-    address.sun_family = AF_UNIX;
-    if (options_.socket.size() >= sizeof address.sun_path) {
-        return fail(ErrorCode::kInvalidArgument,
-                    options_.socket + " is too long for a socket's path");
-    }
-    options_.socket.copy(address.sun_path, options_.socket.size());
+    STELLARIUM_ASSIGN(const sockaddr_un address, unix_address(options_.socket));
     socket_ = UniqueFd(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
     // What a holder that was killed has left; a living one would have been asked.
     unlink(options_.socket.c_str());

@@ -8,6 +8,8 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 
+#include "base/unix_address.h"
+
 namespace stellarium::fuse {
 namespace {
 
@@ -137,13 +139,7 @@ Result<Packet> receive_packet(int socket) {
 }
 
 Result<HolderClient> HolderClient::connect(const std::string& socket_path) {
-    sockaddr_un address{};
-    address.sun_family = AF_UNIX;
-    if (socket_path.size() >= sizeof address.sun_path) {
-        return fail(ErrorCode::kInvalidArgument,
-                    fmt::format("{} is too long for a socket's path", socket_path));
-    }
-    socket_path.copy(address.sun_path, socket_path.size());
+    STELLARIUM_ASSIGN(const sockaddr_un address, unix_address(socket_path));
     UniqueFd socket(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
     if (!socket) {
         return std::unexpected(Error::from_errno(errno, "make a socket"));

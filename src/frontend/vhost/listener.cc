@@ -9,23 +9,12 @@
 #include <sys/stat.h>
 #include <sys/un.h>
 
+#include "base/unix_address.h"
 #include "frontend/vhost/limits.h"
 
 namespace stellarium::vhost {
 
 namespace {
-
-Result<sockaddr_un> address_of(const std::string& path) {
-    sockaddr_un address = {};
-    address.sun_family = AF_UNIX;
-    if (path.empty() || path.size() >= sizeof(address.sun_path)) {
-        return fail(ErrorCode::kInvalidArgument,
-                    fmt::format("socket path '{}' must have 1 to {} bytes", path,
-                                sizeof(address.sun_path) - 1));
-    }
-    std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
-    return address;
-}
 
 Result<void> check_replaceable(const std::string& path, const sockaddr_un& address) {
     struct stat st = {};
@@ -52,12 +41,12 @@ Result<void> check_replaceable(const std::string& path, const sockaddr_un& addre
 }  // namespace
 
 Result<Listener> listen_at(const std::string& path) {
-    STELLARIUM_ASSIGN(sockaddr_un address, address_of(path));
+    STELLARIUM_ASSIGN(sockaddr_un address, unix_address(path));
     STELLARIUM_TRY(check_replaceable(path, address));
     // Bound beside its place and moved there when it listens: a front-end finds a socket that
     // answers, or the old one, and never one with the wrong mode.
     std::string temporary = fmt::format("{}.{}", path, ::getpid());
-    STELLARIUM_ASSIGN(sockaddr_un temporary_address, address_of(temporary));
+    STELLARIUM_ASSIGN(sockaddr_un temporary_address, unix_address(temporary));
     Listener listener;
     listener.path = path;
     listener.fd = UniqueFd(::socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));

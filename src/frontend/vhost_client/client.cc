@@ -10,17 +10,13 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 
+#include "base/unix_address.h"
 #include "frontend/vhost/limits.h"
 
 namespace stellarium::vhost {
 
 Result<std::unique_ptr<Client>> Client::connect(const std::string& socket_path) {
-    sockaddr_un address = {};
-    address.sun_family = AF_UNIX;
-    if (socket_path.size() >= sizeof(address.sun_path)) {
-        return fail(ErrorCode::kInvalidArgument, fmt::format("{} is too long", socket_path));
-    }
-    std::memcpy(address.sun_path, socket_path.c_str(), socket_path.size() + 1);
+    STELLARIUM_ASSIGN(const sockaddr_un address, unix_address(socket_path));
     std::unique_ptr<Client> client(new Client());
     client->socket_ = UniqueFd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
     if (!client->socket_ ||
