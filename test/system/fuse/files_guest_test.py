@@ -7,14 +7,12 @@ One disk with cache=none (O_DIRECT), one through the host's page cache. The gues
 flushes and discards both, and checks every sector (../daemon/disk_verifier.cc). It must see a pause
 and nothing else, and at the end what is stored is what its journal says.
 """
-import json
-import os
 import random
 import subprocess
 import sys
 from pathlib import Path
 
-from mounted import MIB, Mounted, check, json_of, skip_without_fuse
+from mounted import MIB, check, json_of, run_with_seed
 
 import guests
 
@@ -94,22 +92,5 @@ def run(engine, seed, scale):
     return figures
 
 
-def main():
-    skip_without_fuse()
-    seed = int(os.environ.get("STELLARIUM_TEST_SEED", "1"))
-    scale = int(os.environ.get("STELLARIUM_TEST_SCALE", "1"))
-    with Mounted(sys.argv[1]) as engine:
-        try:
-            figures = run(engine, seed, scale)
-        except BaseException:
-            print(f"STELLARIUM_TEST_SEED={seed}; the daemon's log ends:\n{engine.log_tail()}",
-                  file=sys.stderr)
-            raise
-    text = json.dumps(figures, indent=2)
-    Path(sys.argv[1], "files-guest.json").write_text(text + "\n")
-    if "--report" in sys.argv:
-        print(text)
-
-
 if __name__ == "__main__":
-    main()
+    run_with_seed("files-guest", run)

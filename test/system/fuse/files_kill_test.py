@@ -21,7 +21,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from mounted import MIB, Mounted, answer_of, check, json_of, skip_without_fuse
+from mounted import MIB, answer_of, check, json_of, run_with_seed
 
 DISK_BYTES = 24 * MIB
 IMAGE_BYTES = 24 * MIB
@@ -266,20 +266,7 @@ def main():
         return reader(*sys.argv[2:])
     if sys.argv[1] == "--mapper":
         return mapper(*sys.argv[2:])
-    skip_without_fuse()
-    seed = int(os.environ.get("STELLARIUM_TEST_SEED", "1"))
-    scale = int(os.environ.get("STELLARIUM_TEST_SCALE", "1"))
-    with Mounted(sys.argv[1]) as engine:
-        try:
-            figures = run(engine, seed, scale)
-        except BaseException:
-            print(f"STELLARIUM_TEST_SEED={seed}; the daemon's log ends:\n{engine.log_tail()}",
-                  file=sys.stderr)
-            raise
-    text = json.dumps(figures, indent=2)
-    Path(sys.argv[1], "files-kill.json").write_text(text + "\n")
-    if "--report" in sys.argv:
-        print(text)
+    run_with_seed("files-kill", run)
     return 0
 
 

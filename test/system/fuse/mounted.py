@@ -104,5 +104,24 @@ def answer_of(stream, prefix, timeout_s=300):
             return line
 
 
+def run_with_seed(name, run):
+    """Calls run(engine, seed, scale) and leaves its figures in the build folder; --report prints
+    them. When it fails, the seed and the end of the daemon's log are printed."""
+    skip_without_fuse()
+    seed = int(os.environ.get("STELLARIUM_TEST_SEED", "1"))
+    scale = int(os.environ.get("STELLARIUM_TEST_SCALE", "1"))
+    with Mounted(sys.argv[1]) as engine:
+        try:
+            figures = run(engine, seed, scale)
+        except BaseException:
+            print(f"STELLARIUM_TEST_SEED={seed}; the daemon's log ends:\n{engine.log_tail()}",
+                  file=sys.stderr)
+            raise
+    text = json.dumps(figures, indent=2)
+    Path(sys.argv[1], f"{name}.json").write_text(text + "\n")
+    if "--report" in sys.argv:
+        print(text)
+
+
 def json_of(line):
     return json.loads(line[line.index("{"):])
