@@ -14,6 +14,7 @@
 #include "control/attachment.h"
 #include "control/suggest.h"
 #include "nova/limits.h"
+#include "vm/state_file.h"
 
 namespace stellarium::cli {
 namespace {
@@ -43,6 +44,7 @@ struct NumberRange {
     uint64_t most = 0;
 };
 constexpr uint64_t kMaxLockTimeoutSeconds = 86'400;
+constexpr uint64_t kMaxMachinesPerCall = 1000;
 
 /// An empty word is a variable that was not set; the default in its place would be a surprise.
 CLI::Validator not_empty(const std::string& what) {
@@ -417,6 +419,83 @@ void add_boot_commands(CLI::App& app, Builder& builder) {
     verb->add_flag("--all", arguments.all, "everything, and not what the boot manifest lists");
 }
 
+void add_vm_run(CLI::App* vm, Builder& builder) {
+    Arguments& arguments = builder.arguments();
+    CLI::App* const verb = builder.command(
+        vm, "run", "Start a machine, on a new clone or on the disk that it has", vm_run,
+        "  stellarctl vm run web --image debian\n"
+        "  stellarctl vm run web --image debian --memory 1GiB --cpus 2 \\\n"
+        "      --kernel ./vmlinuz --initrd ./initrd --append 'root=/dev/vda rw console=ttyS0'\n"
+        "  stellarctl vm run web            # again, after a stop");
+    builder.word(verb, "NAME", arguments.name, "name of the machine", "MACHINE");
+    verb->add_option("--image", arguments.image, "what its disk is a clone of")
+        ->type_name("SOURCE")
+        ->check(not_empty("an image"));
+    verb->add_option("--memory", arguments.memory, "its RAM, whole MiB (default: 256MiB)")
+        ->type_name("SIZE");
+    Builder::number(verb, "--cpus", {1, vm::kMaxCpus}, "N", "its processors (default: 1)",
+                    [&arguments](uint64_t cpus) { arguments.cpus = cpus; });
+    verb->add_option("--kernel", arguments.kernel,
+                     "a kernel to boot; else that of the image's boot manifest, or the disk's "
+                     "own boot loader")
+        ->type_name("FILE");
+    verb->add_option("--initrd", arguments.initrd, "an initial RAM disk for it")->type_name("FILE");
+    verb->add_option("--append", arguments.append, "its command line")->type_name("TEXT");
+    verb->add_option("--nic", arguments.nics,
+                     "a network card, as of QEMU's -nic; may be repeated (default: none)")
+        ->type_name("TEXT");
+    verb->add_option("--accel", arguments.accelerator,
+                     "kvm, tcg or auto: kvm where it works (default: auto)")
+        ->type_name("ACCEL")
+        ->check(CLI::IsMember({"kvm", "tcg", "auto"}));
+}
+
+void add_vm_commands(Builder& builder) {
+    Arguments& arguments = builder.arguments();
+    CLI::App* const vm =
+        builder.group("vm", "Machines: QEMU on the store's files, with memory snapshots",
+                      "  stellarctl vm run web --image debian\n"
+                      "  stellarctl vm snapshot web warm\n"
+                      "  stellarctl vm restore web@warm web-{n} --count 20");
+    add_vm_run(vm, builder);
+    CLI::App* verb = builder.command(
+        vm, "snapshot", "Keep disk, RAM and devices of a running machine, of one moment",
+        vm_snapshot, "  stellarctl vm snapshot web warm");
+    builder.word(verb, "NAME", arguments.name, "the machine", "MACHINE");
+    builder.word(verb, "SNAPSHOT", arguments.other_name, "the snapshot's name", "");
+    verb = builder.command(vm, "restore", "Start machines that go on from a snapshot", vm_restore,
+                           "  stellarctl vm restore web@warm web-1 web-2\n"
+                           "  stellarctl vm restore web@warm web-{n} --count 20");
+    builder.word(verb, "SNAPSHOT", arguments.source, "MACHINE@SNAPSHOT", "MACHINE@SNAPSHOT");
+    verb->add_option("NEW", arguments.names, "names of the new machines; {n} becomes a number")
+        ->required();
+    Builder::number(verb, "--count", {1, kMaxMachinesPerCall}, "N",
+                    fmt::format("start this many, 1 to {}, all or none", kMaxMachinesPerCall),
+                    [&arguments](uint64_t count) { arguments.count = count; });
+    builder.command(vm, "ls", "List machines and their snapshots", vm_list,
+                    "  stellarctl vm ls\n  stellarctl vm ls --json | jq -r '.machines[].name'");
+    verb = builder.command(vm, "logs", "Print what a machine's console has said", vm_logs,
+                           "  stellarctl vm logs web | tail");
+    builder.word(verb, "NAME", arguments.name, "the machine", "MACHINE");
+    verb = builder.command(vm, "stop", "Have a machine power off", vm_stop,
+                           "  stellarctl vm stop web\n"
+                           "  stellarctl vm stop web --force     # as if the power went");
+    builder.word(verb, "NAME", arguments.name, "the machine", "MACHINE");
+    verb->add_flag("--force", arguments.force, "at once, without asking the guest");
+    Builder::number(
+        verb, "--timeout", {0, kMaxLockTimeoutSeconds}, "SECONDS",
+        fmt::format("how long to wait for the guest (default: {})", arguments.timeout_s),
+        [&arguments](uint64_t seconds) { arguments.timeout_s = seconds; });
+    verb = builder.command(
+        vm, "rm", "Remove machines with their disks and snapshots, or a snapshot", vm_remove,
+        "  stellarctl vm rm web-1 web-2 --force\n"
+        "  stellarctl vm rm web@warm          # clones of it go on");
+    verb->add_option("NAME", arguments.names, "machines, or MACHINE@SNAPSHOT")
+        ->required()
+        ->type_name("MACHINE");
+    verb->add_flag("--force", arguments.force, "also machines that run");
+}
+
 void add_store_commands(CLI::App& app, Builder& builder, Invocation& invocation) {
     CLI::App* const collect = builder.command(
         &app, "gc", "Free what nothing refers to any more, while everything goes on",
@@ -512,6 +591,7 @@ void build_app(CLI::App& app, Invocation& invocation) {
     add_snapshot_commands(builder);
     add_attachment_commands(app, builder);
     add_boot_commands(app, builder);
+    add_vm_commands(builder);
     add_store_commands(app, builder, invocation);
 }
 

@@ -77,6 +77,14 @@ struct Arguments {
     std::optional<std::string> kernel;
     std::optional<std::string> initrd;
     std::optional<std::string> hints;
+    // Of machines.
+    std::string image;
+    std::optional<std::string> memory;
+    std::optional<uint64_t> cpus;
+    std::optional<std::string> accelerator;
+    std::optional<std::string> append;
+    std::vector<std::string> nics;
+    uint64_t timeout_s = 60;
 };
 
 using Command = Result<void> (*)(Context&, const Arguments&);
@@ -114,6 +122,13 @@ Result<void> boot_set(Context& context, const Arguments& arguments);
 Result<void> boot_extract(Context& context, const Arguments& arguments);
 Result<void> boot_remove(Context& context, const Arguments& arguments);
 Result<void> prefetch(Context& context, const Arguments& arguments);
+Result<void> vm_run(Context& context, const Arguments& arguments);
+Result<void> vm_snapshot(Context& context, const Arguments& arguments);
+Result<void> vm_restore(Context& context, const Arguments& arguments);
+Result<void> vm_list(Context& context, const Arguments& arguments);
+Result<void> vm_logs(Context& context, const Arguments& arguments);
+Result<void> vm_stop(Context& context, const Arguments& arguments);
+Result<void> vm_remove(Context& context, const Arguments& arguments);
 Result<void> collect_garbage(Context& context, const Arguments& arguments);
 Result<void> scrub(Context& context, const Arguments& arguments);
 Result<void> stats(Context& context, const Arguments& arguments);

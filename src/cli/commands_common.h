@@ -28,6 +28,9 @@ Result<control::Json> call_and_watch(Context& context, Progress& progress,
 /// "/v1/images/" + the encoded name.
 std::string target_of(std::string_view prefix, std::string_view name);
 
+/// Where machines of the store are kept while they run (vm/records.h).
+std::string vm_directory(const std::string& store);
+
 /// Fields of an answer; "" or 0 when the other side left them out.
 std::string text_field(const control::Json& json, std::string_view key);
 uint64_t number_field(const control::Json& json, std::string_view key);

@@ -13,6 +13,7 @@
 #include "cli/output.h"
 #include "control/json.h"
 #include "control/suggest.h"
+#include "vm/records.h"
 
 namespace stellarium::cli {
 namespace {
@@ -64,6 +65,15 @@ std::vector<std::string> names_of_kind(const StoreLocation& location, const std:
     if (kind == "ATTACHMENT") {
         targets.emplace_back("/v1/attachments");
     }
+    if (kind == "MACHINE") {
+        const Result<std::string> store = store_directory(location);
+        const auto names =
+            store ? vm::machine_names(vm_directory(*store)) : Result<std::vector<std::string>>();
+        return names.value_or(std::vector<std::string>());
+    }
+    if (kind == "MACHINE@SNAPSHOT") {
+        targets.emplace_back("/v1/snapshots");
+    }
     if (targets.empty()) {
         return {};
     }
@@ -81,6 +91,14 @@ std::vector<std::string> names_of_kind(const StoreLocation& location, const std:
             std::string name = text_field(item, kind == "ATTACHMENT" ? "source" : "name");
             if (kind == "SNAPSHOT") {
                 name = name.substr(name.find('@') + 1);
+            }
+            if (kind == "MACHINE@SNAPSHOT") {
+                constexpr std::string_view kStatePart = "-state@";
+                const size_t part = name.find(kStatePart);
+                if (part == std::string::npos) {
+                    continue;
+                }
+                name.replace(part, kStatePart.size(), "@");
             }
             names.push_back(std::move(name));
         }
