@@ -627,6 +627,54 @@ TEST(Fsck, WhereOnlyLostContentIsLeftThereIsNothingToRepair) {
     EXPECT_TRUE(before == everything(*machine)) << "a repair for nothing";
 }
 
+TEST(Fsck, ADamagedBootManifestIsNamedAndCostsNothingElse) {
+    TestPool pool(1, check_pool_options());
+    const Content content = random_bytes(75 * kPage, 1);
+    import_image(*pool, "debian", content);
+    must(pool->clone("debian", {"vm"}));
+    const Hash256 root = must(pool->boot_root("debian"));
+    const Content manifest = random_bytes(20'000, 9);
+    must(pool->set_boot_manifest(root, manifest));
+    must(pool->checkpoint());
+    pool.close();
+    io::SimulatedMachine machine(pool.machine().files().fork(), 2);
+    EXPECT_FALSE(must(look(machine, /*data=*/true)).damaged()) << "whole at first";
+
+    // As it lies in a segment, and as any of its bytes may rot.
+    size_t found = 0;
+    for (const std::string& path : files_of(machine)) {
+        Content bytes = bytes_of_file(machine, path);
+        const auto at = std::ranges::search(bytes, Bytes(manifest).first(4096)).begin();
+        if (at != bytes.end()) {
+            *(at + 1234) ^= std::byte{1};
+            put_file(machine, path, bytes);
+            ++found;
+        }
+    }
+    ASSERT_EQ(found, 1U);
+    for (const bool repair : {false, true}) {
+        const CheckReport report = must(look(machine, /*data=*/true, repair));
+        const std::string text = describe(report);
+        EXPECT_NE(text.find("boot manifest of images with root " + root.hex()), std::string::npos)
+            << text;
+        EXPECT_NE(text.find("stellarctl boot rm"), std::string::npos) << text;
+        EXPECT_TRUE(has(report, Kind::kObject)) << text;
+        EXPECT_TRUE(report.lost.empty() && report.unknown.empty()) << text;
+    }
+    {
+        const auto opened = must(Pool::open(machine.env(), kDirectory, check_pool_options()));
+        EXPECT_EQ(code_of(opened->boot_manifest(root)), ErrorCode::kCorrupt);
+        EXPECT_EQ(export_all(*opened, "vm"), content);
+        EXPECT_EQ(export_all(*opened, "debian"), content);
+        must(opened->set_boot_manifest(root, std::nullopt));
+        must(opened->checkpoint());
+        must(opened->gc({}));
+        must(opened->close());
+    }
+    const CheckReport healed = must(look(machine, /*data=*/true));
+    EXPECT_FALSE(healed.damaged()) << describe(healed);
+}
+
 TEST(Fsck, AMissingSegmentIsNamedWithWhatItHeld) {
     const Sample& sample = closed_sample();
     const auto machine = sample.copy();
