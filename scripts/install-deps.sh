@@ -33,7 +33,8 @@ SETS[demo]="
     python3"
 
 SETS[bench]="
-    qemu-utils qemu-system-common xfsprogs casync borgbackup restic python3 python3-matplotlib"
+    qemu-utils qemu-system-common qemu-system-x86 fio libnbd-bin xfsprogs casync borgbackup restic python3
+    python3-matplotlib"
 
 SETS[package]="dpkg-dev fakeroot file mmdebstrap"
 

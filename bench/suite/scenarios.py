@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import statistics
+import subprocess
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -825,6 +826,138 @@ def boot_prefetch(bench):
              "bytes as the guest asked for.")
 
 
+def boot_guest(bench):
+    """The whole of a boot, not only its reads: from the start of QEMU to the guest's multi-user."""
+    image = bench.whole_image()
+    name = numbered("guest-")
+
+    def boot(engine, staged, record=False):
+        """Seconds of one boot with nothing of the store in the page cache."""
+        clone = name()
+        with served.Ours(engine, "--no-boot-prefetch") as daemon:
+            daemon.clone("base", clone)
+            disk = guests.VhostUserDisk(daemon.attach(clone))
+            if record:
+                daemon.api.call("POST", f"/v1/boots/{clone}/recording", {})
+            peers.sync_file_system(bench.work)
+            for path in engine.store.rglob("*"):
+                peers.forget(path)
+            if staged:
+                daemon.api.call("POST", "/v1/prefetch", {"source": clone})
+            with guests.QemuGuest(clone, disk=disk, script="true",
+                                  accel=guests.accelerator()) as guest:
+                guest.wait_for(guests.BEGIN, timeout_s=600)
+                seconds = guest.seconds()
+                guest.run_to_end(timeout_s=600)
+            if record:
+                daemon.api.call("DELETE", f"/v1/boots/{clone}/recording")
+            daemon.drop(clone)
+        return seconds
+
+    def store():
+        engine = bench.stack.enter_context(Engine(bench.build))
+        engine.run("init")
+        engine.run("image", "import", "base", image)
+        boot(engine, staged=False, record=True)
+        return engine
+
+    def ours(staged):
+        return lambda: boot(bench.once("guest's store", store), staged)
+
+    def qcow2():
+        overlay = bench.work / "guest.qcow2"
+        overlay.unlink(missing_ok=True)
+        peers.run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", image, overlay)
+        with served.QemuStorageDaemon.one(bench.work / "guest.sock", overlay, "qcow2") as server:
+            peers.sync_file_system(bench.work)
+            peers.forget(image)
+            with guests.QemuGuest("peer", disk=guests.VhostUserDisk(server.sockets[0]),
+                                  script="true", accel=guests.accelerator()) as guest:
+                guest.wait_for(guests.BEGIN, timeout_s=600)
+                seconds = guest.seconds()
+                guest.run_to_end(timeout_s=600)
+        return seconds
+    return Scenario(
+        "boot-guest", "Cold boot of a QEMU guest, from its start to multi-user", "s",
+        {"staged before": ours(True), "not staged": ours(False), "qcow2 overlay": qcow2},
+        [Target("staged before it starts, no slower than not staged", 1.05,
+                lambda m: m["staged before"] / m["not staged"], at_most=True),
+         Target("not staged, no slower than a qcow2 overlay", 1.05,
+                lambda m: m["not staged"] / m["qcow2 overlay"], at_most=True)],
+        note="Without hardware virtualisation most of a boot is the processor's time, and little of it "
+             "waits for storage. Nothing of the store's or the image's files is in the page cache when "
+             "the guest, or the prefetch before it, starts; the prefetch is not part of the time.")
+
+
+def nbd(bench):
+    """Ours beside qemu-nbd on a raw file, by fio's own NBD client."""
+    disk_bytes = bench.disk_bytes()
+    loads = {
+        "4 KiB random read, depth 32": ("IOPS", "iops", ["--rw=randread", "--bs=4k",
+                                                         "--iodepth=32"]),
+        "1 MiB sequential read": ("MB/s", "bw_bytes", ["--rw=read", "--bs=1m", "--iodepth=4"]),
+    }
+    seconds = max(1, round(bench.seconds()))
+
+    def fio(uri, key, options):
+        text = peers.run("fio", "--name=load", "--ioengine=nbd", f"--uri={uri}", "--readonly",
+                         f"--size={disk_bytes}", "--time_based", f"--runtime={seconds}",
+                         "--output-format=json", *options)
+        value = json.loads(text[text.index("{"):])["jobs"][0]["read"][key]
+        return value / 1e6 if key == "bw_bytes" else value
+
+    def copied(uri):
+        out = bench.work / "copied.raw"
+        out.unlink(missing_ok=True)
+        begin = time.monotonic()
+        peers.run("nbdcopy", uri, out)
+        return time.monotonic() - begin
+
+    def both(uri):
+        copied(uri)  # All of it is read, checked, and in memory.
+        figures = {what: fio(uri, key, options) for what, (_unit, key, options) in loads.items()}
+        figures["nbdcopy of all"] = copied(uri)
+        return figures
+
+    def ours():
+        engine = bench.once("engine", lambda: bench.stack.enter_context(Engine(bench.build)))
+        bench.once("store", lambda: (engine.run("init"), engine.run(
+            "image", "import", "base", bench.random_file(disk_bytes))))
+        with served.Ours(engine, "--nbd"):
+            return both(f"nbd+unix:///base?socket={next(engine.runtime.glob('**/nbd.sock'))}")
+
+    def qemu_nbd():
+        socket = bench.work / "qemu-nbd.sock"
+        socket.unlink(missing_ok=True)
+        path = bench.random_file(disk_bytes)
+        peers.run("qemu-nbd", "--version")
+        peers.read_whole(path)
+        with subprocess.Popen(["qemu-nbd", "-r", "-t", "-e", "8", "-f", "raw", "-x", "base", "-k",
+                               str(socket), str(path)]) as server:
+            try:
+                deadline = time.monotonic() + 60
+                while not socket.exists():
+                    if server.poll() is not None or time.monotonic() > deadline:
+                        raise peers.PeerError("qemu-nbd makes no socket")
+                    time.sleep(0.01)
+                return both(f"nbd+unix:///base?socket={socket}")
+            finally:
+                server.terminate()
+    runs = {"stellarium": Together(ours), "qemu-nbd": Together(qemu_nbd)}
+    units = {what: unit for what, (unit, _key, _options) in loads.items()} | {"nbdcopy of all": "s"}
+    variants = {f"{who}, {what}": run.variant(what) for what in units for who, run in runs.items()}
+    random_read_name, sequential_name = loads
+    return Scenario(
+        "nbd", "Reads by NBD, warm, beside qemu-nbd on a raw file", "IOPS", variants,
+        [Target("random reads at least 1 x qemu-nbd", 1,
+                lambda m: (m[f"stellarium, {random_read_name}"] / m[f"qemu-nbd, {random_read_name}"])),
+         Target("sequential reads at least 1 x qemu-nbd", 1,
+                lambda m: (m[f"stellarium, {sequential_name}"] / m[f"qemu-nbd, {sequential_name}"]))],
+        units={f"{who}, {what}": unit for what, unit in units.items() for who in runs},
+        note=f"fio's nbd engine, one connection, {seconds} s each; nbdcopy to a file, as it comes. "
+             "Everything has been read once before.")
+
+
 def density(bench):
     wanted = 100 if bench.small else 10000
     image = bench.random_file(16 * MIB)
@@ -960,6 +1093,8 @@ SCENARIOS = {
     "noisy-neighbour": noisy_neighbour,
     "boot-replay": boot_replay,
     "boot-prefetch": boot_prefetch,
+    "boot-guest": boot_guest,
+    "nbd": nbd,
     "density": density,
     "layers": layers,
     "index": index,
