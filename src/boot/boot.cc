@@ -1,6 +1,7 @@
 #include "boot/boot.h"
 
 #include <algorithm>
+#include <set>
 #include <utility>
 
 #include <fmt/format.h>
@@ -212,6 +213,36 @@ std::vector<ManifestEntry> Boot::list() {
     }
     std::ranges::sort(entries, {}, &ManifestEntry::images);
     return entries;
+}
+
+Result<FileImages> Boot::file_images(std::string_view source) {
+    STELLARIUM_ASSIGN(ManifestView found, show(source));
+    return FileImages{.kernel = std::move(found.kernel_image),
+                      .initrd = std::move(found.initrd_image)};
+}
+
+std::vector<nova::EntityInfo> Boot::with_files() {
+    std::set<Hash256> roots;
+    for (const ManifestEntry& entry : list()) {
+        const auto there = [this](const std::optional<BootFile>& file) {
+            return file && !pool_.images_of(file->root).empty();
+        };
+        if (there(entry.manifest.kernel) || there(entry.manifest.initrd)) {
+            roots.insert(entry.root);
+        }
+    }
+    std::vector<nova::EntityInfo> found;
+    if (roots.empty()) {
+        return found;
+    }
+    for (std::vector<nova::EntityInfo> infos : {pool_.images(), pool_.volumes()}) {
+        for (nova::EntityInfo& info : infos) {
+            if (const auto root = pool_.boot_root(info.name); root && roots.contains(*root)) {
+                found.push_back(std::move(info));
+            }
+        }
+    }
+    return found;
 }
 
 Result<ManifestView> Boot::set_files(std::string_view source, const BootFiles& files) {

@@ -81,6 +81,12 @@ struct BootFiles {
     std::optional<std::string> hints{};
 };
 
+/// Names of the images that hold kernel and initrd; "": there is none, or it was removed.
+struct FileImages {
+    std::string kernel;
+    std::string initrd;
+};
+
 struct PrefetchOptions {
     bool all = false;  ///< Everything that it holds, and not what the manifest says.
     std::function<bool()> cancelled{};
@@ -118,6 +124,10 @@ class Boot {
     /// The manifest that `source` has or inherits. kNotFound says how to make one.
     Result<ManifestView> show(std::string_view source);
     std::vector<ManifestEntry> list();
+    /// Kernel and initrd of the manifest that `source` has or inherits. kNotFound as show().
+    Result<FileImages> file_images(std::string_view source);
+    /// The images and volumes whose manifests name a kernel or an initrd that is there.
+    std::vector<nova::EntityInfo> with_files();
     Result<ManifestView> set_files(std::string_view source, const BootFiles& files);
     /// Removes the manifest of the image that `source` is or descends from.
     Result<void> remove(std::string_view source);

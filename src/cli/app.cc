@@ -361,6 +361,13 @@ void add_attachment_commands(CLI::App& app, Builder& builder) {
     builder.word(verb, "VOLUME", arguments.name, "the volume", "ATTACHMENT");
     builder.command(&app, "attachments", "List what is attached", list_attachments,
                     "  stellarctl attachments\n  stellarctl attachments --json");
+    verb = builder.command(
+        &app, "mount", "Show images, volumes and snapshots as files below a directory", mount_files,
+        "  stellarctl mount /srv/disks\n"
+        "  ls -l /srv/disks/volumes");
+    builder.word(verb, "DIR", arguments.path, "an empty directory", "DIR");
+    builder.command(&app, "unmount", "Take the directory of files away", unmount_files,
+                    "  stellarctl unmount");
 }
 
 void add_boot_commands(CLI::App& app, Builder& builder) {

@@ -114,6 +114,8 @@ Result<void> attach(Context& context, const Arguments& arguments);
 Result<void> detach(Context& context, const Arguments& arguments);
 Result<void> limit(Context& context, const Arguments& arguments);
 Result<void> list_attachments(Context& context, const Arguments& arguments);
+Result<void> mount_files(Context& context, const Arguments& arguments);
+Result<void> unmount_files(Context& context, const Arguments& arguments);
 Result<void> boot_record(Context& context, const Arguments& arguments);
 Result<void> boot_stop(Context& context, const Arguments& arguments);
 Result<void> boot_list(Context& context, const Arguments& arguments);

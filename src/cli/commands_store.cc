@@ -407,8 +407,33 @@ Result<void> scrub(Context& context, const Arguments& arguments) {
     return verdict(out, damage);
 }
 
+namespace {
+
+/// What a daemon says of its directory of files; an older one says nothing.
+Json files_of(Context& context) {
+    Result<Json> files = ask(context, "GET", "/v1/files");
+    return files && bool_field(*files, "mounted") ? *std::move(files) : Json();
+}
+
+/// As lines of statistics.
+void add_files(Json& stats, const Json& files) {
+    stats["files_open"] = files.at("open_files");
+    stats["files_in_flight"] = files.at("in_flight");
+    for (const auto& [kind, totals] : files.at("requests").items()) {
+        stats[fmt::format("files_{}_requests", kind)] = totals.at("requests");
+        if (kind == "read" || kind == "write") {
+            stats[fmt::format("files_{}_bytes", kind)] = totals.at("bytes");
+        }
+    }
+}
+
+}  // namespace
+
 Result<void> stats(Context& context, const Arguments&) {
-    STELLARIUM_ASSIGN(const Json stats, ask(context, "GET", "/v1/stats"));
+    STELLARIUM_ASSIGN(Json stats, ask(context, "GET", "/v1/stats"));
+    if (const Json files = files_of(context); files.is_object()) {
+        add_files(stats, files);
+    }
     Output& out = context.out();
     if (out.json()) {
         out.value(stats);
@@ -454,6 +479,7 @@ Result<void> status(Context& context, const Arguments&) {
                         context.out().size(number_field(stats, "file_system_bytes"))));
     }
     const bool daemon = context.session()->through_daemon();
+    const Json files = files_of(context);
     Output& out = context.out();
     if (out.json()) {
         Json both = store;
@@ -461,6 +487,7 @@ Result<void> status(Context& context, const Arguments&) {
         both["daemon_pid"] = daemon ? Json(number_field(version, "pid")) : Json(nullptr);
         both["daemon_version"] = daemon ? Json(text_field(version, "version")) : Json(nullptr);
         both["socket"] = daemon ? Json(text_field(version, "socket")) : Json(nullptr);
+        both["files"] = files;
         out.value(both);
         return {};
     }
@@ -473,6 +500,10 @@ Result<void> status(Context& context, const Arguments&) {
                                   text_field(version, "version"), number_field(version, "pid"),
                                   text_field(version, "socket"))
                     : "daemon    not running");
+    if (files.is_object()) {
+        out.line(fmt::format("files     below {}, {} open", text_field(files, "directory"),
+                             number_field(files, "open_files")));
+    }
     if (store.contains("warnings") && store.at("warnings").is_array()) {
         for (const Json& warning : store.at("warnings")) {
             out.line(fmt::format("warning   {}",

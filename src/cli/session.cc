@@ -12,10 +12,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "base/block_device.h"
 #include "cli/interrupt.h"
 #include "cli/output.h"
 #include "control/locations.h"
 #include "control/service.h"
+#include "frontend/fuse/left_open.h"
 #include "io/posix.h"
 #include "nebula/reserve.h"
 #include "nova/pool.h"
@@ -46,10 +48,14 @@ class DaemonSession final : public Session {
     std::unique_ptr<control::ControlClient> client_;
 };
 
+using OpenFiles = std::vector<std::shared_ptr<BlockDevice>>;
+
 class DirectSession final : public Session {
   public:
-    DirectSession(std::unique_ptr<nova::Pool> pool, const std::string& directory)
+    DirectSession(std::unique_ptr<nova::Pool> pool, OpenFiles open_files,
+                  const std::string& directory)
         : pool_(std::move(pool)),
+          open_files_(std::move(open_files)),
           service_(*pool_, {.host = nullptr,
                             .version = STELLARIUM_VERSION,
                             .directory = directory,
@@ -62,10 +68,14 @@ class DirectSession final : public Session {
     }
     bool through_daemon() const override { return false; }
     std::vector<std::string> warnings() const override { return pool_->warnings(); }
-    Result<void> close() override { return pool_->close(); }
+    Result<void> close() override {
+        open_files_.clear();
+        return pool_->close();
+    }
 
   private:
     std::unique_ptr<nova::Pool> pool_;
+    OpenFiles open_files_;  ///< Attached, so that nothing happens to them meanwhile.
     control::ControlService service_;
     std::unique_ptr<control::ControlClient> client_;
 };
@@ -173,7 +183,10 @@ Result<std::unique_ptr<Session>> open_direct(const std::string& directory,
     options.store.reserve_bytes = nebula::kReserveBytes;
     STELLARIUM_ASSIGN(std::unique_ptr<nova::Pool> pool,
                       nova::Pool::open(io::real_env(), directory, options));
-    return std::make_unique<DirectSession>(std::move(pool), directory);
+    STELLARIUM_ASSIGN(OpenFiles open_files,
+                      fuse::hold_open_files(*pool, control::runtime_directory_candidates(
+                                                       *io::real_env().files, directory)));
+    return std::make_unique<DirectSession>(std::move(pool), std::move(open_files), directory);
 }
 
 }  // namespace

@@ -330,20 +330,45 @@ Result<void> remove_daemon_record(io::FileSystem& files, const std::string& stor
     return {};
 }
 
+namespace {
+
+void add_new(std::vector<std::string>& paths, const std::string& path) {
+    if (std::ranges::find(paths, path) == paths.end()) {
+        paths.push_back(path);
+    }
+}
+
+/// Those that a daemon takes when it is not told.
+std::vector<std::string> usual_runtime_directories(const std::string& store_directory) {
+    std::vector<std::string> directories{default_runtime_directory(store_directory)};
+    // A system-wide daemon, looked for by somebody who may not read its store.
+    add_new(directories, "/run/stellarium/" + store_tag(store_directory));
+    return directories;
+}
+
+}  // namespace
+
+std::vector<std::string> runtime_directory_candidates(io::FileSystem& files,
+                                                      const std::string& store_directory) {
+    std::vector<std::string> candidates;
+    if (const auto record = read_daemon_record(files, store_directory)) {
+        candidates.push_back(record->runtime_directory);
+    }
+    for (const std::string& directory : usual_runtime_directories(store_directory)) {
+        add_new(candidates, directory);
+    }
+    return candidates;
+}
+
 std::vector<std::string> control_socket_candidates(io::FileSystem& files,
                                                    const std::string& store_directory) {
     std::vector<std::string> candidates;
-    const auto add = [&](const std::string& path) {
-        if (std::ranges::find(candidates, path) == candidates.end()) {
-            candidates.push_back(path);
-        }
-    };
     if (const auto record = read_daemon_record(files, store_directory)) {
-        add(record->socket);
+        candidates.push_back(record->socket);
     }
-    add(default_runtime_directory(store_directory) + "/control.sock");
-    // A system-wide daemon, looked for by somebody who may not read its store.
-    add("/run/stellarium/" + store_tag(store_directory) + "/control.sock");
+    for (const std::string& directory : usual_runtime_directories(store_directory)) {
+        add_new(candidates, directory + "/control.sock");
+    }
     return candidates;
 }
 

@@ -74,6 +74,9 @@ Result<void> write_daemon_record(io::FileSystem& files, const std::string& store
                                  const DaemonRecord& record);
 Result<void> remove_daemon_record(io::FileSystem& files, const std::string& store_directory);
 
+/// Where a daemon of this store may have, or have had, its runtime directory; as below.
+std::vector<std::string> runtime_directory_candidates(io::FileSystem& files,
+                                                      const std::string& store_directory);
 /// Where a daemon of this store may listen, the likeliest first, without repeats.
 std::vector<std::string> control_socket_candidates(io::FileSystem& files,
                                                    const std::string& store_directory);

@@ -303,7 +303,7 @@ struct ControlService::Impl {
         RouteInfo info;
         Result<Response> (Impl::*handler)(Call&);
     };
-    static const std::array<Row, 46> kRows;
+    static const std::array<Row, 49> kRows;
 
     // --- Looking names up -----------------------------------------------------------------------
 
@@ -831,6 +831,39 @@ struct ControlService::Impl {
         return fail(ErrorCode::kNotFound, fmt::format("'{}' is not attached", source));
     }
 
+    // --- Files ----------------------------------------------------------------------------------
+
+    Result<FilesHost*> files_host() const {
+        if (options.files != nullptr) {
+            return options.files;
+        }
+        return fail(ErrorCode::kUnavailable,
+                    fmt::format("no daemon serves this store, and only a daemon can show it as "
+                                "files; start one with: stellariumd --store {}",
+                                options.directory));
+    }
+
+    Result<Response> get_files(Call&) {
+        return json_response(
+            200, to_json(options.files != nullptr ? options.files->files() : FilesStatus{}));
+    }
+
+    Result<Response> take_directory(Call& call) {
+        STELLARIUM_ASSIGN(const Json body, body_of(call));
+        ObjectReader reader(body, "request body");
+        const std::string directory = reader.required_string("directory");
+        STELLARIUM_TRY(reader.finish());
+        STELLARIUM_ASSIGN(FilesHost* const files, files_host());
+        STELLARIUM_ASSIGN(const FilesStatus status, files->take_directory(directory));
+        return json_response(201, to_json(status));
+    }
+
+    Result<Response> unmount(Call&) {
+        STELLARIUM_ASSIGN(FilesHost* const files, files_host());
+        STELLARIUM_TRY(files->unmount());
+        return empty_response();
+    }
+
     // --- Boots ----------------------------------------------------------------------------------
 
     Result<Response> list_boots(Call&) {
@@ -928,7 +961,7 @@ struct ControlService::Impl {
     }
 };
 
-const std::array<ControlService::Impl::Row, 46> ControlService::Impl::kRows{{
+const std::array<ControlService::Impl::Row, 49> ControlService::Impl::kRows{{
     {{"GET", "/v1/version", "getVersion", 200}, &Impl::get_version},
     {{"GET", "/v1/store", "getStore", 200}, &Impl::get_store},
     {{"GET", "/v1/stats", "getStats", 200}, &Impl::get_stats},
@@ -967,6 +1000,9 @@ const std::array<ControlService::Impl::Row, 46> ControlService::Impl::kRows{{
     {{"PUT", "/v1/attachments/{source}", "attach", 201}, &Impl::attach},
     {{"DELETE", "/v1/attachments/{source}", "detach", 200}, &Impl::detach},
     {{"PUT", "/v1/attachments/{source}/limits", "setLimits", 200}, &Impl::set_limits},
+    {{"GET", "/v1/files", "getFiles", 200}, &Impl::get_files},
+    {{"PUT", "/v1/files", "takeDirectory", 201}, &Impl::take_directory},
+    {{"DELETE", "/v1/files", "unmount", 204}, &Impl::unmount},
     {{"GET", "/v1/boots", "listBoots", 200}, &Impl::list_boots},
     {{"GET", "/v1/boots/{source}", "getBoot", 200}, &Impl::get_boot},
     {{"PUT", "/v1/boots/{source}", "setBoot", 200}, &Impl::set_boot},

@@ -20,6 +20,7 @@
 
 #include "boot/boot.h"
 #include "control/attachment.h"
+#include "control/files_host.h"
 #include "control/message.h"
 #include "nova/pool.h"
 
@@ -46,6 +47,7 @@ struct RouteInfo {
 
 struct ServiceOptions {
     AttachmentHost* host = nullptr;  ///< nullptr: no daemon; attaching is refused.
+    FilesHost* files = nullptr;      ///< nullptr: the same, for a directory.
     boot::Boot* boot = nullptr;      ///< nullptr: one of its own, without a thread.
     std::string version;             ///< Of the program, for GET /v1/version.
     std::string directory;           ///< Of the store.

@@ -101,14 +101,46 @@ class FakeHost final : public AttachmentHost {
     std::vector<AttachmentStatus> attached_;
 };
 
+/// A daemon for which one directory can be mounted, and unmounted while `open` is empty.
+class FakeFiles final : public FilesHost {
+  public:
+    FilesStatus files() const override { return status; }
+    Result<FilesStatus> take_directory(std::string_view directory) override {
+        if (status.mounted) {
+            return fail(ErrorCode::kAlreadyExists, "mounted already");
+        }
+        status.mounted = true;
+        status.directory = directory;
+        status.holder_pid = 17;
+        for (const char* kind : {"open", "read", "write", "flush", "discard", "other"}) {
+            status.requests.push_back({.kind = kind, .requests = 3, .bytes = 4096, .errors = 1});
+        }
+        return status;
+    }
+    Result<void> unmount() override {
+        if (!status.mounted) {
+            return fail(ErrorCode::kNotFound, "no directory is mounted");
+        }
+        if (!status.open.empty()) {
+            return fail(ErrorCode::kBusy, status.open.front() + " is open");
+        }
+        status = {};
+        return {};
+    }
+
+    FilesStatus status;
+};
+
 class ServiceTest : public testing::Test {
   protected:
     explicit ServiceTest(AttachmentHost* host = nullptr) { make(host); }
 
-    void make(AttachmentHost* host) {
-        service_ = std::make_unique<ControlService>(
-            *pool_,
-            ServiceOptions{.host = host, .version = "1.2.3", .directory = "/pool", .socket = {}});
+    void make(AttachmentHost* host, FilesHost* files = nullptr) {
+        service_ = std::make_unique<ControlService>(*pool_, ServiceOptions{.host = host,
+                                                                           .files = files,
+                                                                           .version = "1.2.3",
+                                                                           .directory = "/pool",
+                                                                           .socket = {}});
         client_ = connect_in_process(*service_);
     }
     Response ask(const std::string& method, const std::string& target,
@@ -578,7 +610,8 @@ TEST_F(OpenApiTest, NamesAllErrorCodes) {
 
 TEST_F(OpenApiTest, RealAnswersMatchTheirSchemas) {
     FakeHost host(*pool_);
-    make(&host);
+    FakeFiles files;
+    make(&host, &files);
     import("i", 0, random_bytes(5000, 2), 8192);
     OneExtent again(0, random_bytes(5000, 2), 8192);
     const Response imported = service_->handle({"PUT", "/v1/images/i2", "", &again});
@@ -637,6 +670,16 @@ TEST_F(OpenApiTest, RealAnswersMatchTheirSchemas) {
     check("GET", "/v1/prefetch", "/v1/prefetch", "", 200);
     check("DELETE", "/v1/prefetch", "/v1/prefetch", "", 204);
     check("DELETE", boot, "/v1/boots/i", "", 204);
+    check("GET", "/v1/files", "/v1/files", "", 200);
+    check("DELETE", "/v1/files", "/v1/files", "", 404);
+    check("PUT", "/v1/files", "/v1/files", R"({"directory":7})", 400);
+    check("PUT", "/v1/files", "/v1/files", R"({"directory":"/srv/disks"})", 201);
+    check("PUT", "/v1/files", "/v1/files", R"({"directory":"/srv/disks"})", 409);
+    files.status.open = {"volumes/c"};
+    check("GET", "/v1/files", "/v1/files", "", 200);
+    check("DELETE", "/v1/files", "/v1/files", "", 409);
+    files.status.open.clear();
+    check("DELETE", "/v1/files", "/v1/files", "", 204);
     check("GET", "/v1/version", "/v1/version", "", 200);
     check("GET", "/v1/store", "/v1/store", "", 200);
     check("GET", "/v1/stats", "/v1/stats", "", 200);

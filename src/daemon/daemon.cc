@@ -24,12 +24,13 @@
 #include "daemon/http_server.h"
 #include "daemon/limits.h"
 #include "daemon/metrics.h"
+#include "daemon/mount_host.h"
 #include "daemon/nbd_host.h"
 #include "daemon/sandbox.h"
 #include "daemon/vhost_host.h"
 #include "frontend/fuse/holder.h"
 #include "frontend/fuse/holder_protocol.h"
-#include "frontend/fuse/mount.h"
+#include "frontend/fuse/left_open.h"
 #include "io/posix.h"
 #include "nebula/reserve.h"
 #include "nova/pool.h"
@@ -153,19 +154,12 @@ class MountHolder {
 /// The holder that an earlier daemon has left, or a new one. As root, if we are: nobody else mounts
 /// by themselves.
 Result<MountHolder> find_holder(const DaemonConfig& config, Log& log) {
-    const std::string socket = config.runtime_directory + "/mount.sock";
-    auto client = fuse::HolderClient::connect(socket);
+    const std::string socket = fuse::holder_socket(config.runtime_directory);
+    auto client = fuse::HolderClient::connect(
+        socket, config.service_user ? std::optional(config.service_user->uid) : std::nullopt);
     if (client) {
         STELLARIUM_ASSIGN(const fuse::HolderStatus status, client->status());
-        if (config.mount.empty()) {
-            log.warning("mount",
-                        {{"message", fmt::format("files below {} wait for a daemon with "
-                                                 "--mount {} (or umount -f -l it, and "
-                                                 "kill process {})",
-                                                 status.directory, status.directory, status.pid)}});
-            return MountHolder();
-        }
-        if (status.directory != config.mount) {
+        if (!config.mount.empty() && status.directory != config.mount) {
             return fail(ErrorCode::kBusy,
                         fmt::format("--mount is {}, and this daemon's files are below {} already: "
                                     "start it with --mount {}, or unmount that first",
@@ -313,44 +307,53 @@ Result<std::unique_ptr<nova::Pool>> open_pool(const io::Env& env, const std::str
 constexpr int kMmapThresholdBytes = 4 << 20;
 constexpr int kMallocArenas = 8;
 
+fuse::BootSource boot_source(boot::Boot& boot) {
+    return {.images = [&boot](std::string_view source) -> Result<fuse::BootImages> {
+                STELLARIUM_ASSIGN(boot::FileImages images, boot.file_images(source));
+                return fuse::BootImages{.kernel = std::move(images.kernel),
+                                        .initrd = std::move(images.initrd)};
+            },
+            .all = [&boot] { return boot.with_files(); }};
+}
+
 void set_status(const std::string& status) {
     sd_notify(0, ("STATUS=" + status).c_str());
 }
 
-Result<std::unique_ptr<fuse::Mount>> adopt_mount(const DaemonConfig& config, nova::Pool& pool,
-                                                 MountHolder holder, Log& log) {
+/// A directory that nobody asked us for, and that is another store's, is left alone.
+Result<void> adopt_mount(const DaemonConfig& config, MountHost& files, MountHolder holder,
+                         Log& log) {
     std::optional<fuse::HolderClient> client = holder.take();
     if (!client) {
-        return nullptr;
+        return {};
     }
-    fuse::MountOptions options;
-    options.group = config.socket_gid;
-    options.log = [&log](fuse::LogLevel level, const std::string& message) {
-        const std::initializer_list<LogField> fields = {{"message", message}};
-        switch (level) {
-            case fuse::LogLevel::kInfo:
-                return log.info("files", fields);
-            case fuse::LogLevel::kWarning:
-                return log.warning("files", fields);
-            case fuse::LogLevel::kError:
-                return log.error("files", fields);
-        }
-    };
-    STELLARIUM_ASSIGN(auto mount, fuse::Mount::adopt(pool, *std::move(client), std::move(options)));
-    const fuse::MountStatus status = mount->status();
-    log.info("files", {{"directory", status.directory},
-                       {"holder", std::to_string(status.holder_pid)},
-                       {"open", std::to_string(status.open_files)}});
-    return mount;
+    Result<void> adopted = files.adopt(*std::move(client));
+    if (!adopted && config.mount.empty() && adopted.error().code() == ErrorCode::kBusy) {
+        log.warning("mount", {{"message", adopted.error().message()}});
+        return {};
+    }
+    return adopted;
 }
 
 /// Everything between the store being open and being closed again.
 Result<void> serve(const DaemonConfig& config, const std::string& version, nova::Pool& pool,
                    io::FileSystem& files, MountHolder holder, const Confinement& reach,
                    uint64_t max_descriptors, Log& log) {
+    boot::Boot boot(pool, *io::real_env().clock,
+                    {.background = true,
+                     .prefetch_attached = config.boot_prefetch,
+                     .notice = [&log](const std::string& sentence) {
+                         log.warning("boot", {{"message", sentence}});
+                     }});
+    const auto attached = [&boot](const std::string& source) { boot.attached(source); };
     // First of all: what is open is attached before anybody else can be given it.
-    STELLARIUM_ASSIGN(const std::unique_ptr<fuse::Mount> mount,
-                      adopt_mount(config, pool, std::move(holder), log));
+    MountHost mount(pool,
+                    {.runtime_directory = config.runtime_directory,
+                     .group = config.socket_gid,
+                     .attached = attached,
+                     .boots = boot_source(boot)},
+                    log);
+    STELLARIUM_TRY(adopt_mount(config, mount, std::move(holder), log));
     std::optional<NbdHost> nbd;
     uint64_t descriptors = descriptors_without_attachments(config.threads);
     if (!config.nbd_socket.empty()) {
@@ -365,40 +368,30 @@ Result<void> serve(const DaemonConfig& config, const std::string& version, nova:
         nbd.emplace(pool,
                     NbdHostOptions{.socket_path = config.nbd_socket,
                                    .socket_gid = config.socket_gid,
-                                   .threads = static_cast<unsigned>(config.threads)},
+                                   .threads = static_cast<unsigned>(config.threads),
+                                   .attached = attached},
                     log);
     }
-    boot::Boot boot(pool, *io::real_env().clock,
-                    {.background = true,
-                     .prefetch_attached = config.boot_prefetch,
-                     .notice = [&log](const std::string& sentence) {
-                         log.warning("boot", {{"message", sentence}});
-                     }});
     VhostHost host(pool,
                    {.runtime_directory = config.runtime_directory,
                     .socket_gid = config.socket_gid,
                     .data_threads = static_cast<unsigned>(config.threads),
                     .descriptors = std::make_shared<Budget>(max_descriptors - descriptors),
-                    .attached = [&boot](const std::string& source) { boot.attached(source); }},
+                    .attached = attached},
                    log);
-    Metrics metrics(pool, host, boot, nbd ? &*nbd : nullptr, version);
+    Metrics metrics(pool, host, boot, mount, nbd ? &*nbd : nullptr, version);
     control::ControlService service(pool, {.host = &host,
+                                           .files = &mount,
                                            .boot = &boot,
                                            .version = version,
                                            .directory = config.store,
                                            .socket = config.socket});
-    DaemonHandler handler(service, metrics, log, [&mount] {
-        if (mount) {
-            mount->settle();
-        }
-    });
+    DaemonHandler handler(service, metrics, log, [&mount] { mount.settle(); });
     MetricsHandler public_handler(metrics);
     HttpServer server({.max_held_bytes = held_bytes_of(config.memory_bytes)});
 
     STELLARIUM_TRY(host.start());
-    if (mount) {
-        STELLARIUM_TRY(mount->serve());
-    }
+    STELLARIUM_TRY(mount.serve());
     if (nbd) {
         STELLARIUM_TRY(nbd->start());
     }
@@ -449,10 +442,12 @@ Result<void> serve(const DaemonConfig& config, const std::string& version, nova:
     if (nbd) {
         nbd->stop();
     }
-    if (mount) {
-        mount->stop();
-    }
+    const bool files_wait = mount.stop();
     host.stop();
+    if (!files_wait) {
+        // Else it says where their holder is, to commands that have the store meanwhile.
+        STELLARIUM_TRY(control::remove_daemon_record(files, config.store));
+    }
     return {};
 }
 
@@ -515,7 +510,6 @@ Result<void> run_daemon(const DaemonConfig& given, const std::string& version, L
         return served;
     }
     STELLARIUM_TRY(closed);
-    STELLARIUM_TRY(control::remove_daemon_record(*env.files, config.store));
     log.info("stopped");
     return {};
 }

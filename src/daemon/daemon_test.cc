@@ -841,7 +841,9 @@ TEST_F(HostTest, MetricsNameEachDevice) {
     guest.write(0, random_bytes(8192, 5));
     guest.flush();
     boot::Boot boot(*pool_, *io::real_env().clock, {});
-    Metrics metrics(*pool_, *host_, boot, nullptr, "1.2.3");
+    Log log(LogLevel::kError, LogFormat::kText);
+    const MountHost files(*pool_, {}, log);
+    Metrics metrics(*pool_, *host_, boot, files, nullptr, "1.2.3");
     metrics.observe_request("GET", 200, 0.01);
     metrics.observe_request("BREW\"\n", 400, 0.01);
     const std::string page = metrics.text();
@@ -850,6 +852,7 @@ TEST_F(HostTest, MetricsNameEachDevice) {
           "stellarium_device_connected{volume=\"web\"} 1\n",
           "stellarium_device_throttled_requests_total{volume=\"web\"} 0\n",
           "stellarium_prefetches_total 0\n", "stellarium_boot_recordings 0\n",
+          "stellarium_files_mounted 0\n",
           "stellarium_device_throttled_seconds_total{volume=\"web\"} 0\n",
           "stellarium_device_bytes_total{volume=\"web\",request=\"write\"} 8192\n",
           "stellarium_device_request_seconds_count{volume=\"web\",request=\"flush\"} 1\n",

@@ -246,6 +246,43 @@ void add_devices(Page& page, const VhostHost& host) {
     });
 }
 
+void add_files(Page& page, const MountHost& host) {
+    const auto status = host.status();
+    page.gauge("stellarium_files_mounted", "1 while a directory shows the store as files.",
+               status ? 1 : 0);
+    if (!status) {
+        return;
+    }
+    page.gauge("stellarium_files_open", "Open files.", real(status->open_files));
+    page.gauge("stellarium_files_in_flight", "Requests taken and not yet answered.",
+               real(status->in_flight));
+    page.gauge("stellarium_files_kept",
+               "Of these, those that wait for room and have no thread to wait with.",
+               real(status->kept));
+    page.gauge("stellarium_files_adopted",
+               "1 when the connection with the kernel is that of an earlier daemon.",
+               status->adopted ? 1 : 0);
+    page.counter("stellarium_files_repeated_requests_total",
+                 "Requests that an earlier daemon had taken, and the kernel repeated.",
+                 status->repeated);
+    const auto each = [&](const char* name, const char* help, auto value) {
+        page.start(name, help, MetricType::Counter);
+        for (size_t kind = 0; kind < fuse::kFileRequestKinds; ++kind) {
+            page.sample(
+                {{"request",
+                  std::string(fuse::file_request_name(static_cast<fuse::FileRequest>(kind)))}},
+                real(value(status->totals[kind])));
+        }
+    };
+    each("stellarium_files_requests_total", "Requests of the kernel, for files.",
+         [](const fuse::FileRequestTotals& totals) { return totals.requests; });
+    each("stellarium_files_bytes_total", "Bytes read and written by those.",
+         [](const fuse::FileRequestTotals& totals) { return totals.bytes; });
+    each("stellarium_files_errors_total",
+         "Those that failed; a name that is not there is no failure.",
+         [](const fuse::FileRequestTotals& totals) { return totals.errors; });
+}
+
 void add_nbd(Page& page, const NbdHost& host) {
     const nbd::ServerStatus status = host.status();
     page.gauge("stellarium_nbd_clients", "NBD clients that are connected.", real(status.clients));
@@ -273,16 +310,18 @@ void add_nbd(Page& page, const NbdHost& host) {
 
 struct Metrics::Impl {
     Impl(const nova::Pool& pool_in, const VhostHost& host_in, const boot::Boot& boot_in,
-         const NbdHost* nbd_in, std::string version_in)
+         const MountHost& files_in, const NbdHost* nbd_in, std::string version_in)
         : pool(pool_in),
           host(host_in),
           boot(boot_in),
+          files(files_in),
           nbd(nbd_in),
           version(std::move(version_in)) {}
 
     const nova::Pool& pool;
     const VhostHost& host;
     const boot::Boot& boot;
+    const MountHost& files;
     const NbdHost* nbd;
     std::string version;
     prometheus::Registry registry;
@@ -294,8 +333,8 @@ struct Metrics::Impl {
 };
 
 Metrics::Metrics(const nova::Pool& pool, const VhostHost& host, const boot::Boot& boot,
-                 const NbdHost* nbd, std::string version)
-    : impl_(std::make_unique<Impl>(pool, host, boot, nbd, std::move(version))) {}
+                 const MountHost& files, const NbdHost* nbd, std::string version)
+    : impl_(std::make_unique<Impl>(pool, host, boot, files, nbd, std::move(version))) {}
 
 Metrics::~Metrics() = default;
 
@@ -320,6 +359,7 @@ std::string Metrics::text() const {
     add_scrubs(page, stats);
     add_boots(page, impl_->boot.stats());
     add_devices(page, impl_->host);
+    add_files(page, impl_->files);
     if (impl_->nbd != nullptr) {
         add_nbd(page, *impl_->nbd);
     }

@@ -1,4 +1,4 @@
-// What Prometheus reads: the store, the volumes, every served device, NBD, the
+// What Prometheus reads: the store, the volumes, every served device, files, NBD, the
 // control requests.
 //
 // Names are stable: stellarium_<what>_<unit>[_total]. Store and pool figures are taken when asked;
@@ -16,6 +16,7 @@
 #include <string_view>
 
 #include "boot/boot.h"
+#include "daemon/mount_host.h"
 #include "daemon/nbd_host.h"
 #include "daemon/vhost_host.h"
 #include "nova/pool.h"
@@ -26,7 +27,7 @@ class Metrics {
   public:
     /// Borrows pool, hosts and boot; `nbd` may be null.
     Metrics(const nova::Pool& pool, const VhostHost& host, const boot::Boot& boot,
-            const NbdHost* nbd, std::string version);
+            const MountHost& files, const NbdHost* nbd, std::string version);
     ~Metrics();
 
     void observe_request(std::string_view method, int status, double seconds);

@@ -316,6 +316,10 @@ Result<std::shared_ptr<nbd::Export>> NbdHost::open(std::string_view name) {
     lock.lock();
     exports_[info.id] = exported;
     changed_.notify_all();
+    lock.unlock();
+    if (options_.attached) {
+        options_.attached(info.name);
+    }
     return exported;
 }
 

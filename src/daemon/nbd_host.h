@@ -16,6 +16,7 @@
 
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -38,6 +39,8 @@ struct NbdHostOptions {
     std::string socket_path;
     std::optional<gid_t> socket_gid;  ///< Mode 0660 for this group instead of 0600.
     unsigned threads = 0;             ///< 0: one for each processor.
+    /// Told what has been attached for a client: its guest may be about to boot.
+    std::function<void(const std::string& source)> attached{};
 };
 
 class NbdHost final : public nbd::ExportSource {

@@ -2,6 +2,9 @@
 #include "daemon/nbd_host.h"
 
 #include <filesystem>
+#include <mutex>
+#include <string>
+#include <vector>
 
 #include <gtest/gtest.h>
 #include <sys/stat.h>
@@ -61,7 +64,16 @@ class NbdHostTest : public testing::Test {
     void open() {
         pool_ = must(nova::Pool::open(env_, folder_ + "/store", options_));
         host_ = std::make_unique<NbdHost>(
-            *pool_, NbdHostOptions{.socket_path = socket(), .socket_gid = {}, .threads = 1}, log_);
+            *pool_,
+            NbdHostOptions{.socket_path = socket(),
+                           .socket_gid = {},
+                           .threads = 1,
+                           .attached =
+                               [this](const std::string& source) {
+                                   const std::scoped_lock lock(told_mutex_);
+                                   told_.push_back(source);
+                               }},
+            log_);
         must(host_->start());
     }
     void close() {
@@ -81,15 +93,32 @@ class NbdHostTest : public testing::Test {
         const auto answers = TestClient(socket()).ask(nbd::kOptGo, TestClient::info_payload(name));
         return answers.empty() ? "no answer" : answers.back().text();
     }
+    std::vector<std::string> told() {
+        const std::scoped_lock lock(told_mutex_);
+        return told_;
+    }
     bool attached(std::string_view name) { return must(pool_->find(name)).attached; }
 
     std::string folder_;
     Log log_{LogLevel::kError, LogFormat::kText};
     io::Env env_ = io::real_env();
     nova::PoolOptions options_;
+    std::mutex told_mutex_;
+    std::vector<std::string> told_;  ///< What was said to be attached. Guarded by told_mutex_.
     std::unique_ptr<nova::Pool> pool_;
     std::unique_ptr<NbdHost> host_;
 };
+
+TEST_F(NbdHostTest, TheFirstClientOfAnExportIsToldOf) {
+    {
+        const auto first = client("vm-1");
+        const auto second = client("vm-1");
+        EXPECT_EQ(told(), std::vector<std::string>{"vm-1"});
+        EXPECT_NE(refusal("nothing"), "");
+    }
+    const auto image = client("image");
+    EXPECT_EQ(told(), (std::vector<std::string>{"vm-1", "image"}));
+}
 
 TEST_F(NbdHostTest, EverythingThatHasANameIsAnExport) {
     must(pool_->create_snapshot("vm-1", "first"));

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstring>
 #include <map>
+#include <set>
 #include <vector>
 
 #include <fcntl.h>
@@ -29,21 +30,22 @@ constexpr uint64_t up(uint64_t bytes) {
     return nova::round_up_to_sectors(bytes);
 }
 
+/// A lock of whole sectors, or kWouldBlock where it is not to be waited for.
+template <typename Lock>
+Result<Lock> locked(std::shared_mutex& mutex, IoMode mode) {
+    if (mode != IoMode::kNoWait) {
+        return Lock(mutex);
+    }
+    Lock lock(mutex, std::try_to_lock);
+    if (!lock.owns_lock()) {
+        return fail(ErrorCode::kWouldBlock, "a part of a sector is being written");
+    }
+    return lock;
+}
+
 iovec part_of(Bytes bytes) {
     // A vector for writing is read only.
     return {.iov_base = const_cast<std::byte*>(bytes.data()), .iov_len = bytes.size()};
-}
-
-std::string_view folder_name(nova::EntityKind kind) {
-    switch (kind) {
-        case nova::EntityKind::kImage:
-            return "images";
-        case nova::EntityKind::kVolume:
-            return "volumes";
-        case nova::EntityKind::kSnapshot:
-            return "snapshots";
-    }
-    return "";
 }
 
 }  // namespace
@@ -104,7 +106,7 @@ Result<void> Files::attach(Node& node, bool writing) {
     if (node.name.empty()) {
         node.kind = info.kind;
         node.image_bytes = info.size_bytes;
-        node.name = fmt::format("{}/{}/{}", options_.directory, folder_name(info.kind), info.name);
+        node.name = fmt::format("{}/{}", options_.directory, path_of(info));
     }
     if (writing) {
         // Also one that could not be restored: whose it is, is on record.
@@ -202,6 +204,9 @@ Result<uint32_t> Files::attach_for(Node& node, int flags) {
     const bool holds = (result & kOpenHolds) != 0;
     if (holds ? !node.writer : !node.reader) {
         STELLARIUM_TRY(attach(node, holds));
+        if (options_.attached) {
+            options_.attached(info.name);
+        }
     }
     return result;
 }
@@ -261,6 +266,22 @@ void Files::release(uint64_t handle) {
     table_.remove(handle);
 }
 
+std::vector<std::string> Files::open_names(size_t at_most) const {
+    std::set<uint64_t> nodes;
+    for (const OpenFile& file : table_.files()) {
+        nodes.insert(file.node);
+    }
+    std::vector<std::string> names;
+    for (const uint64_t node : nodes) {
+        if (names.size() == at_most) {
+            break;
+        }
+        const auto info = pool_.find(entity_of(node));
+        names.push_back(info ? path_of(*info) : fmt::format("node {}", node));
+    }
+    return names;
+}
+
 void Files::stop() {
     std::unordered_map<uint64_t, NodePtr> nodes;
     {
@@ -317,7 +338,7 @@ Result<Bytes> Files::read(uint64_t number, uint64_t handle, uint64_t offset_byte
     return Bytes(scratch.subspan(offset_bytes - start, length_bytes));
 }
 
-Result<size_t> Files::write(uint64_t number, uint64_t offset_bytes, Bytes data) {
+Result<size_t> Files::write(uint64_t number, uint64_t offset_bytes, Bytes data, IoMode mode) {
     STELLARIUM_ASSIGN(const NodePtr node, find(number));
     STELLARIUM_ASSIGN(const auto device, device_of(*node, true));
     const uint64_t size = device->size_bytes();
@@ -332,20 +353,22 @@ Result<size_t> Files::write(uint64_t number, uint64_t offset_bytes, Bytes data) 
     data = data.first(std::min<uint64_t>(data.size(), size - offset_bytes));
     const uint64_t end_bytes = offset_bytes + data.size();
     if (offset_bytes % kSectorBytes == 0 && end_bytes % kSectorBytes == 0) {
-        const std::shared_lock lock(node->sectors);
+        STELLARIUM_ASSIGN(const auto lock,
+                          locked<std::shared_lock<std::shared_mutex>>(node->sectors, mode));
         const iovec part = part_of(data);
-        STELLARIUM_TRY(device->write(offset_bytes, {&part, 1}, IoMode::kMayBlock));
+        STELLARIUM_TRY(device->write(offset_bytes, {&part, 1}, mode));
         return data.size();
     }
     // The first and the last sector are written with what they hold beside the data.
-    const std::lock_guard lock(node->sectors);
+    STELLARIUM_ASSIGN(const auto lock,
+                      locked<std::unique_lock<std::shared_mutex>>(node->sectors, mode));
     const uint64_t start = down(offset_bytes);
     const uint64_t stop = up(end_bytes);
     std::array<std::byte, kSectorBytes> first;
     std::array<std::byte, kSectorBytes> last;
     const auto load = [&](uint64_t sector, std::array<std::byte, kSectorBytes>& into) {
         const iovec part = to_iovec(MutableBytes(into));
-        return device->read(sector, {&part, 1}, IoMode::kMayBlock);
+        return device->read(sector, {&part, 1}, mode);
     };
     std::vector<iovec> parts;
     Bytes rest = data;
@@ -365,12 +388,12 @@ Result<size_t> Files::write(uint64_t number, uint64_t offset_bytes, Bytes data) 
         std::memcpy(last.data(), rest.data(), rest.size());
         parts.push_back(part_of(Bytes(last)));
     }
-    STELLARIUM_TRY(device->write(start, parts, IoMode::kMayBlock));
+    STELLARIUM_TRY(device->write(start, parts, mode));
     return data.size();
 }
 
 Result<void> Files::zero(uint64_t number, uint64_t offset_bytes, uint64_t length_bytes,
-                         bool discard) {
+                         bool discard, IoMode mode) {
     STELLARIUM_ASSIGN(const NodePtr node, find(number));
     STELLARIUM_ASSIGN(const auto device, device_of(*node, true));
     const uint64_t size = device->size_bytes();
@@ -384,15 +407,17 @@ Result<void> Files::zero(uint64_t number, uint64_t offset_bytes, uint64_t length
     const uint64_t last = std::max(first, down(end_bytes));
     static constexpr std::array<std::byte, kSectorBytes> kZeros{};
     if (first > offset_bytes) {
-        STELLARIUM_TRY(write(number, offset_bytes, Bytes(kZeros).first(first - offset_bytes)));
+        STELLARIUM_TRY(
+            write(number, offset_bytes, Bytes(kZeros).first(first - offset_bytes), mode));
     }
     if (last > first) {
-        const std::shared_lock lock(node->sectors);
-        STELLARIUM_TRY(discard ? device->discard(first, last - first, IoMode::kMayBlock)
-                               : device->write_zeroes(first, last - first, IoMode::kMayBlock));
+        STELLARIUM_ASSIGN(const auto lock,
+                          locked<std::shared_lock<std::shared_mutex>>(node->sectors, mode));
+        STELLARIUM_TRY(discard ? device->discard(first, last - first, mode)
+                               : device->write_zeroes(first, last - first, mode));
     }
     if (end_bytes > last) {
-        STELLARIUM_TRY(write(number, last, Bytes(kZeros).first(end_bytes - last)));
+        STELLARIUM_TRY(write(number, last, Bytes(kZeros).first(end_bytes - last), mode));
     }
     return {};
 }

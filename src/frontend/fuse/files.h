@@ -32,10 +32,12 @@
 #include <string>
 #include <unordered_map>
 #include <utility>
+#include <vector>
 
 #include "base/block_device.h"
 #include "base/bytes.h"
 #include "base/error.h"
+#include "base/io_mode.h"
 #include "frontend/fuse/open_table.h"
 #include "nova/pool.h"
 
@@ -47,6 +49,9 @@ struct FilesOptions {
     std::function<void(const std::string& sentence)> warn;
     /// The size of a node has changed.
     std::function<void(uint64_t node)> resized;
+    /// Told what open() has attached, and not what adopt() has: a guest may be about to boot. Must
+    /// not block, and not come back here.
+    std::function<void(const std::string& source)> attached{};
 };
 
 struct Opened {
@@ -71,11 +76,14 @@ class Files {
     /// for two sectors more.
     Result<Bytes> read(uint64_t node, uint64_t handle, uint64_t offset_bytes, size_t length_bytes,
                        MutableBytes scratch);
-    /// Returns how much was written: less where the end cuts it off.
-    Result<size_t> write(uint64_t node, uint64_t offset_bytes, Bytes data);
+    /// Returns how much was written: less where the end cuts it off. With kNoWait it may be
+    /// kWouldBlock, and is then to be done again, whole.
+    Result<size_t> write(uint64_t node, uint64_t offset_bytes, Bytes data,
+                         IoMode mode = IoMode::kMayBlock);
     /// The range reads as zeros afterwards. `discard`: what lies beyond the end is left out; else
-    /// it is an error (kNoSpace).
-    Result<void> zero(uint64_t node, uint64_t offset_bytes, uint64_t length_bytes, bool discard);
+    /// it is an error (kNoSpace). With kNoWait as write().
+    Result<void> zero(uint64_t node, uint64_t offset_bytes, uint64_t length_bytes, bool discard,
+                      IoMode mode = IoMode::kMayBlock);
     /// For fallocate(2) without a mode: everything within the size is there. kNoSpace beyond.
     Result<void> check_within(uint64_t node, uint64_t offset_bytes, uint64_t length_bytes);
     void flush_async(uint64_t node, std::function<void(Result<void>)> done);
@@ -87,6 +95,8 @@ class Files {
     void stop();
 
     size_t open_files() const { return table_.count(); }
+    /// What is open, below the directory: "volumes/vm-1"; each once, at most so many.
+    std::vector<std::string> open_names(size_t at_most) const;
 
   private:
     struct Node;

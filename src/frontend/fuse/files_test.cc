@@ -36,9 +36,11 @@ class FilesTest : public testing::Test {
         table_ = must(OpenTable::map(UniqueFd(dup(memory_.get()))));
         files_ = std::make_unique<Files>(
             *pool_, *table_,
-            FilesOptions{.directory = "/mnt",
-                         .warn = [this](const std::string& text) { warnings_.push_back(text); },
-                         .resized = [this](uint64_t node) { resized_.push_back(node); }});
+            FilesOptions{
+                .directory = "/mnt",
+                .warn = [this](const std::string& text) { warnings_.push_back(text); },
+                .resized = [this](uint64_t node) { resized_.push_back(node); },
+                .attached = [this](const std::string& source) { attached_.push_back(source); }});
         files_->adopt();
     }
     /// The process dies; the next one adopts.
@@ -76,8 +78,63 @@ class FilesTest : public testing::Test {
     std::unique_ptr<Files> files_;
     std::vector<std::string> warnings_;
     std::vector<uint64_t> resized_;
+    std::vector<std::string> attached_;
     uint64_t unique_ = 0;
 };
+
+TEST_F(FilesTest, WhatAnOpeningAttachesIsToldOf) {
+    import_image(*pool_, "debian", random_bytes(kMiB, 3));
+    const uint64_t image = node_of(must(pool_->find("debian")).id);
+    const uint64_t node = volume("vm", kMiB);
+    const uint64_t first = must(open(node, O_RDWR)).handle;
+    const uint64_t second = must(open(node, O_RDWR)).handle;
+    EXPECT_EQ(attached_, std::vector<std::string>{"vm"});
+    EXPECT_EQ(files_->open_names(10), std::vector<std::string>{"volumes/vm"});
+    must(open(image, O_RDONLY));
+    EXPECT_EQ(attached_, (std::vector<std::string>{"vm", "debian"}));
+    // What was open before the daemon died has booted long ago.
+    kill();
+    EXPECT_EQ(attached_.size(), 2U);
+    EXPECT_EQ(files_->open_names(10), (std::vector<std::string>{"images/debian", "volumes/vm"}));
+    EXPECT_EQ(files_->open_names(1).size(), 1U);
+    files_->release(first);
+    files_->release(second);
+    EXPECT_EQ(files_->open_names(10), std::vector<std::string>{"images/debian"});
+    must(open(node, O_RDONLY));
+    EXPECT_EQ(attached_.size(), 3U);
+}
+
+TEST_F(FilesTest, WhatWouldHaveToWaitSaysSo) {
+    const uint64_t node = volume("vm", kMiB);
+    const uint64_t handle = must(open(node, O_RDWR)).handle;
+    // Nothing waits here: done at once, whole sectors and parts of them.
+    const auto data = random_bytes(8192, 5);
+    EXPECT_EQ(must(files_->write(node, 4096, data, IoMode::kNoWait)), data.size());
+    EXPECT_EQ(read(node, handle, 4096, 8192), data);
+    EXPECT_TRUE(files_->zero(node, 0, 4096, true, IoMode::kNoWait));
+    const auto odd = random_bytes(100, 6);
+    auto written = files_->write(node, 5000, odd, IoMode::kNoWait);
+    if (!written) {
+        EXPECT_EQ(code_of(written), ErrorCode::kWouldBlock);
+        written = files_->write(node, 5000, odd);
+    }
+    EXPECT_EQ(must(written), odd.size());
+    EXPECT_EQ(read(node, handle, 5000, 100), odd);
+    // A buffer without room, for nobody writes it back.
+    constexpr uint64_t kMoreThanTheBuffer = 8 * kMiB;
+    const uint64_t full = volume("full", kMoreThanTheBuffer);
+    const uint64_t full_handle = must(open(full, O_RDWR)).handle;
+    uint64_t at = 0;
+    Result<size_t> last = size_t{0};
+    while (last && at < kMoreThanTheBuffer) {
+        last = files_->write(full, at, random_bytes(65536, at + 1), IoMode::kNoWait);
+        at += last ? *last : 0;
+    }
+    ASSERT_FALSE(last) << "the buffer takes everything";
+    EXPECT_EQ(code_of(last), ErrorCode::kWouldBlock);
+    // Nothing of it has happened.
+    EXPECT_EQ(read(full, full_handle, at, 65536), std::vector<std::byte>(65536));
+}
 
 TEST_F(FilesTest, AnyOffsetAndLengthIsReadAndWritten) {
     constexpr uint64_t kSize = 64 * 1024;
@@ -286,7 +343,7 @@ TEST_F(FilesTest, FoldersListWhatThereIs) {
     EXPECT_EQ(snapshot.attributes.st_mode, mode_t{S_IFREG | 0440});
     EXPECT_TRUE(snapshot.immutable);
     EXPECT_EQ(must(tree.stat(node)).attributes.st_size, static_cast<off_t>(kMiB));
-    EXPECT_EQ(must(tree.list(kRoot, 1))->size(), 3U);
+    EXPECT_EQ(must(tree.list(kRoot, 1))->size(), 4U);
     const auto before = must(tree.list(kVolumesFolder, 2));
     ASSERT_EQ(before->size(), 1U);
     EXPECT_EQ(before->front().name, "vm");

@@ -94,11 +94,7 @@ Result<void> check_directory(const std::string& directory) {
 class Holder {
   public:
     explicit Holder(const HolderOptions& options) : options_(options) {}
-    ~Holder() {
-        if (listening_) {
-            unlink(options_.socket.c_str());
-        }
-    }
+    ~Holder() { stop_listening(); }
     Holder(const Holder&) = delete;
     Holder& operator=(const Holder&) = delete;
 
@@ -108,6 +104,11 @@ class Holder {
 
   private:
     void answer(int client);
+    void stop_listening() {
+        if (std::exchange(listening_, false)) {
+            unlink(options_.socket.c_str());
+        }
+    }
     std::pair<HolderResult, std::string> unmount();
     bool connected() const;
 
@@ -233,6 +234,8 @@ void Holder::answer(int client) {
             status.store = store_;
             descriptors = {fuse_, table_.get()};
         }
+    } else if (command == HolderCommand::kTable) {
+        descriptors = {table_.get()};
     } else if (command == HolderCommand::kUnmount && options_.stay) {
         result = HolderResult::kBusy;
         message = fmt::format("{} stays mounted until its holder is stopped", options_.directory);
@@ -285,6 +288,8 @@ void Holder::serve() {
             }
         }
     }
+    // Before clients hear that we go: the next holder makes its socket at the same place.
+    stop_listening();
     if (mounted_ && connected()) {
         // Told to end. Files that are open stay usable while a daemon has the descriptor.
         if (umount2(options_.directory.c_str(), MNT_DETACH | UMOUNT_NOFOLLOW) != 0 &&
@@ -294,14 +299,15 @@ void Holder::serve() {
     }
 }
 
-/// The program beside this one in the build folder, or where it is installed.
+/// The program beside this one or beside the daemon, in the build folder, or where it is installed.
 Result<std::string> holder_program() {
     std::error_code error;
     const std::filesystem::path own = std::filesystem::read_symlink("/proc/self/exe", error);
     const std::filesystem::path folder = own.parent_path();
     for (const auto& path :
          {folder / "stellarium-mount-holder",
-          folder.parent_path() / "libexec" / "stellarium" / "stellarium-mount-holder"}) {
+          folder.parent_path() / "libexec" / "stellarium" / "stellarium-mount-holder",
+          folder.parent_path() / "daemon" / "stellarium-mount-holder"}) {
         if (access(path.c_str(), X_OK) == 0) {
             return path.string();
         }

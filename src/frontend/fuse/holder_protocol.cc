@@ -5,13 +5,18 @@
 #include <utility>
 
 #include <fmt/format.h>
+#include <poll.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <unistd.h>
 
 #include "base/unix_address.h"
 
 namespace stellarium::fuse {
 namespace {
+
+/// It has nothing to do any more but to end.
+constexpr int kGoneTimeoutMs = 10'000;
 
 std::unexpected<Error> not_understood(uint32_t version) {
     return fail(ErrorCode::kProtocol,
@@ -138,7 +143,8 @@ Result<Packet> receive_packet(int socket) {
     return packet;
 }
 
-Result<HolderClient> HolderClient::connect(const std::string& socket_path) {
+Result<HolderClient> HolderClient::connect(const std::string& socket_path,
+                                           std::optional<uid_t> trusted) {
     STELLARIUM_ASSIGN(const sockaddr_un address, unix_address(socket_path));
     UniqueFd socket(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
     if (!socket) {
@@ -150,6 +156,14 @@ Result<HolderClient> HolderClient::connect(const std::string& socket_path) {
                         fmt::format("nobody holds a mounted directory at {}", socket_path));
         }
         return std::unexpected(Error::from_errno(errno, "connect to " + socket_path));
+    }
+    ucred peer{};
+    socklen_t length = sizeof peer;
+    if (getsockopt(socket.get(), SOL_SOCKET, SO_PEERCRED, &peer, &length) != 0 ||
+        (peer.uid != 0 && peer.uid != geteuid() && peer.uid != trusted)) {
+        return fail(ErrorCode::kPermissionDenied,
+                    fmt::format("at {} listens user {}, who is not to hold a directory for us",
+                                socket_path, peer.uid));
     }
     return HolderClient(std::move(socket));
 }
@@ -197,8 +211,20 @@ Result<Adoption> HolderClient::adopt(const StoreUuid& store) {
                     .holder = std::move(answer.status)};
 }
 
+Result<UniqueFd> HolderClient::table() {
+    std::array<UniqueFd, 2> descriptors;
+    STELLARIUM_TRY(ask(HolderCommand::kTable, {}, &descriptors));
+    if (!descriptors[0]) {
+        return fail(ErrorCode::kProtocol, "the holder gave no descriptor");
+    }
+    return std::move(descriptors[0]);
+}
+
 Result<void> HolderClient::unmount() {
     STELLARIUM_TRY(ask(HolderCommand::kUnmount, {}, nullptr));
+    pollfd look{.fd = socket_.get(), .events = POLLIN, .revents = 0};
+    while (poll(&look, 1, kGoneTimeoutMs) < 0 && errno == EINTR) {
+    }
     return {};
 }
 

@@ -8,7 +8,7 @@
 //
 // A request is a HolderRequest; an answer is a HolderAnswer, the directory and a message (both
 // without a terminator), and with an adoption two descriptors: /dev/fuse and the table of open
-// files, in this order.
+// files, in this order. The table alone is for whoever has the store without a daemon.
 //
 // Thread rule: a client is used by one thread at a time.
 // Errors: kUnavailable: nobody holds (any more); kBusy: files are open, or the directory shows
@@ -21,6 +21,8 @@
 #include <span>
 #include <string>
 #include <string_view>
+
+#include <sys/types.h>
 
 #include "base/bytes.h"
 #include "base/error.h"
@@ -36,7 +38,7 @@ inline constexpr size_t kMaxHolderTextBytes = 4096;
 
 using StoreUuid = std::array<uint8_t, 16>;
 
-enum class HolderCommand : uint32_t { kStatus = 1, kAdopt = 2, kUnmount = 3 };
+enum class HolderCommand : uint32_t { kStatus = 1, kAdopt = 2, kUnmount = 3, kTable = 4 };
 enum class HolderResult : uint32_t { kDone = 0, kBusy = 1, kOtherStore = 2, kFailed = 3 };
 
 struct HolderRequest {
@@ -91,11 +93,16 @@ Result<Packet> receive_packet(int socket);
 
 class HolderClient {
   public:
-    /// kUnavailable when nobody listens there.
-    static Result<HolderClient> connect(const std::string& socket_path);
+    /// kUnavailable when nobody listens there; kPermissionDenied when it is neither root, nor we,
+    /// nor `trusted` who does.
+    static Result<HolderClient> connect(const std::string& socket_path,
+                                        std::optional<uid_t> trusted = std::nullopt);
 
     Result<HolderStatus> status();
     Result<Adoption> adopt(const StoreUuid& store);
+    /// The table of open files, to look at while no daemon has the store.
+    Result<UniqueFd> table();
+    /// On return the holder has gone.
     Result<void> unmount();
 
   private:

@@ -40,6 +40,7 @@
 #include "frontend/fuse/open_table.h"
 #include "frontend/fuse/session.h"
 #include "frontend/fuse/tree.h"
+#include "frontend/fuse/waiting.h"
 
 namespace stellarium::fuse {
 namespace {
@@ -114,7 +115,33 @@ struct Worker {
     Buffer answer{kAnswerBufferBytes};
     uint64_t unique = 0;  ///< Without the mark.
     bool resent = false;
+    FileRequest kind = FileRequest::kOther;
 };
+
+FileRequest kind_of(uint32_t opcode) {
+    switch (opcode) {
+        case FUSE_OPEN:
+            return FileRequest::kOpen;
+        case FUSE_READ:
+            return FileRequest::kRead;
+        case FUSE_WRITE:
+            return FileRequest::kWrite;
+        case FUSE_FSYNC:
+            return FileRequest::kFlush;
+        case FUSE_FALLOCATE:
+            return FileRequest::kDiscard;
+        default:
+            return FileRequest::kOther;
+    }
+}
+
+/// FileRequestTotals, as threads count them.
+struct Counts {
+    std::atomic<uint64_t> requests{0};
+    std::atomic<uint64_t> bytes{0};
+    std::atomic<uint64_t> errors{0};
+};
+
 thread_local Worker* this_worker = nullptr;
 
 }  // namespace
@@ -128,7 +155,8 @@ struct Mount::Impl {
           holder_status(std::move(status_in)),
           tree(pool_in, {.uid = geteuid(),
                          .gid = options.group.value_or(getegid()),
-                         .for_group = options.group.has_value()}) {}
+                         .for_group = options.group.has_value(),
+                         .boots = options.boots}) {}
 
     void log(LogLevel level, const std::string& message) const { options.log(level, message); }
     Result<void> adopt();
@@ -138,8 +166,14 @@ struct Mount::Impl {
     Result<void> resend();
     void join();
 
+    Counts& counts_of(FileRequest kind) { return counts[static_cast<size_t>(kind)]; }
+
     /// What a disk would call an I/O error is for the log as well.
     void reply_error(fuse_req_t request, const Error& error) {
+        reply_error(request, error, this_worker->kind);
+    }
+    void reply_error(fuse_req_t request, const Error& error, FileRequest kind) {
+        counts_of(kind).errors.fetch_add(1, std::memory_order_relaxed);
         const int number = errno_of(error);
         if (number == EIO) {
             log(LogLevel::kError, error.message());
@@ -150,10 +184,16 @@ struct Mount::Impl {
     // One for each operation; see the table below.
     void open(fuse_req_t request, fuse_ino_t node, int flags);
     void set_attributes(fuse_req_t request, fuse_ino_t node, const struct stat& wanted, int which);
+    void write(fuse_req_t request, fuse_ino_t node, Bytes data, uint64_t offset_bytes,
+               bool durable);
+    void wrote(fuse_req_t request, fuse_ino_t node, const Result<size_t>& written, bool durable);
     void flush(fuse_req_t request, fuse_ino_t node, size_t written);
     void list(fuse_req_t request, fuse_ino_t node, size_t size, off_t offset, uint64_t handle);
     void space(fuse_req_t request);
     void allocate(fuse_req_t request, fuse_ino_t node, int mode, off_t offset, off_t length);
+    void zero(fuse_req_t request, fuse_ino_t node, uint64_t offset_bytes, uint64_t length_bytes,
+              bool discard);
+    void answer(fuse_req_t request, const Result<void>& done, FileRequest kind);
 
     nova::Pool& pool;
     const MountOptions options;
@@ -174,9 +214,15 @@ struct Mount::Impl {
     std::atomic<bool> connected{true};
     std::atomic<bool> resends{false};
     std::atomic<unsigned> busy{0};  ///< Threads that do a request.
+    std::atomic<uint64_t> repeated{0};
+    std::array<Counts, kFileRequestKinds> counts{};
+    bool adopted = false;
+    bool stopped = false;
+    WaitingRequests waiting{
+        {.of_node = kMaxWaitingOfFile, .in_all = kMaxWaitingOfFiles, .kept_bytes = kMaxKeptBytes}};
     std::atomic<uint64_t> last_listing{0};
 
-    std::mutex flushes_mutex;
+    mutable std::mutex flushes_mutex;
     std::condition_variable flushes_done;
     unsigned flushes = 0;  ///< Under way. Guarded by flushes_mutex.
 };
@@ -227,6 +273,37 @@ void Mount::Impl::set_attributes(fuse_req_t request, fuse_ino_t node, const stru
     fuse_reply_attr(request, &found->attributes, kVolumeSeconds);
 }
 
+/// Where there is no room for it now, it waits, with a thread or without (waiting.h).
+void Mount::Impl::write(fuse_req_t request, fuse_ino_t node, Bytes data, uint64_t offset_bytes,
+                        bool durable) {
+    const auto written = files->write(node, offset_bytes, data, IoMode::kNoWait);
+    if (written || written.error().code() != ErrorCode::kWouldBlock) {
+        return wrote(request, node, written, durable);
+    }
+    const auto wait_and_write = [this, request, node, offset_bytes, durable](Bytes bytes) {
+        wrote(request, node, files->write(node, offset_bytes, bytes), durable);
+    };
+    waiting.wait(
+        node, data.size(), [&] { wait_and_write(data); },
+        [&]() -> WaitingRequests::Job {
+            return [wait_and_write, copy = std::vector<std::byte>(data.begin(), data.end())] {
+                wait_and_write(copy);
+            };
+        });
+}
+
+void Mount::Impl::wrote(fuse_req_t request, fuse_ino_t node, const Result<size_t>& written,
+                        bool durable) {
+    if (!written) {
+        return reply_error(request, written.error(), FileRequest::kWrite);
+    }
+    counts_of(FileRequest::kWrite).bytes.fetch_add(*written, std::memory_order_relaxed);
+    if (durable && *written > 0) {
+        return flush(request, node, *written);
+    }
+    fuse_reply_write(request, *written);
+}
+
 /// Answers with `written` bytes, or for 0 with nothing but success, when all is durable.
 void Mount::Impl::flush(fuse_req_t request, fuse_ino_t node, size_t written) {
     {
@@ -235,7 +312,8 @@ void Mount::Impl::flush(fuse_req_t request, fuse_ino_t node, size_t written) {
     }
     files->flush_async(node, [this, request, written](const Result<void>& result) {
         if (!result) {
-            reply_error(request, result.error());
+            reply_error(request, result.error(),
+                        written > 0 ? FileRequest::kWrite : FileRequest::kFlush);
         } else if (written > 0) {
             fuse_reply_write(request, written);
         } else {
@@ -312,17 +390,33 @@ void Mount::Impl::allocate(fuse_req_t request, fuse_ino_t node, int mode, off_t 
             }
             break;
         case FALLOC_FL_PUNCH_HOLE:
-            done = files->zero(node, start, bytes, /*discard=*/true);
-            break;
+            return zero(request, node, start, bytes, /*discard=*/true);
         case FALLOC_FL_ZERO_RANGE:
-            done = files->zero(node, start, bytes, (mode & FALLOC_FL_KEEP_SIZE) != 0);
-            break;
+            return zero(request, node, start, bytes, (mode & FALLOC_FL_KEEP_SIZE) != 0);
         default:
             done = fail(ErrorCode::kUnsupported, "no such way to allocate");
             break;
     }
+    answer(request, done, FileRequest::kDiscard);
+}
+
+/// As write().
+void Mount::Impl::zero(fuse_req_t request, fuse_ino_t node, uint64_t offset_bytes,
+                       uint64_t length_bytes, bool discard) {
+    const auto done = files->zero(node, offset_bytes, length_bytes, discard, IoMode::kNoWait);
+    if (done || done.error().code() != ErrorCode::kWouldBlock) {
+        return answer(request, done, FileRequest::kDiscard);
+    }
+    const WaitingRequests::Job wait_and_zero = [=, this] {
+        answer(request, files->zero(node, offset_bytes, length_bytes, discard),
+               FileRequest::kDiscard);
+    };
+    waiting.wait(node, 0, wait_and_zero, [&] { return wait_and_zero; });
+}
+
+void Mount::Impl::answer(fuse_req_t request, const Result<void>& done, FileRequest kind) {
     if (!done) {
-        return reply_error(request, done.error());
+        return reply_error(request, done.error(), kind);
     }
     fuse_reply_err(request, 0);
 }
@@ -359,7 +453,7 @@ void do_lookup(fuse_req_t request, fuse_ino_t folder, const char* name) {
     entry.ino = found->attributes.st_ino;
     entry.attr = found->attributes;
     entry.attr_timeout = found->immutable ? kImmutableSeconds : kVolumeSeconds;
-    entry.entry_timeout = is_folder(entry.ino) ? kImmutableSeconds : kNameSeconds;
+    entry.entry_timeout = is_fixed_folder(entry.ino) ? kImmutableSeconds : kNameSeconds;
     fuse_reply_entry(request, &entry);
 }
 
@@ -389,21 +483,14 @@ void do_read(fuse_req_t request, fuse_ino_t node, size_t size, off_t offset, fus
     if (!bytes) {
         return impl.reply_error(request, bytes.error());
     }
+    impl.counts_of(FileRequest::kRead).bytes.fetch_add(bytes->size(), std::memory_order_relaxed);
     fuse_reply_buf(request, reinterpret_cast<const char*>(bytes->data()), bytes->size());
 }
 
 void do_write(fuse_req_t request, fuse_ino_t node, const char* data, size_t size, off_t offset,
               fuse_file_info* file) {
-    Mount::Impl& impl = *impl_of(request);
-    const auto written = impl.files->write(node, static_cast<uint64_t>(offset),
-                                           std::as_bytes(std::span(data, size)));
-    if (!written) {
-        return impl.reply_error(request, written.error());
-    }
-    if ((file->flags & (O_SYNC | O_DSYNC)) != 0 && *written > 0) {
-        return impl.flush(request, node, *written);
-    }
-    fuse_reply_write(request, *written);
+    impl_of(request)->write(request, node, std::as_bytes(std::span(data, size)),
+                            static_cast<uint64_t>(offset), (file->flags & (O_SYNC | O_DSYNC)) != 0);
 }
 
 void do_release(fuse_req_t request, fuse_ino_t /*node*/, fuse_file_info* file) {
@@ -538,7 +625,7 @@ Result<void> Mount::Impl::resend() {
     fuse_out_header out{};
     out.len = sizeof out;
     out.error = kNotifyResend;
-    if (write(fuse, &out, sizeof out) < 0) {
+    if (::write(fuse, &out, sizeof out) < 0) {
         return std::unexpected(Error::from_errno(errno, "have requests repeated"));
     }
     return {};
@@ -549,6 +636,7 @@ Result<void> Mount::serve() {
     STELLARIUM_TRY(impl.make_session());
     const Bytes init = impl.table->init_request();
     if (!init.empty()) {
+        impl.adopted = true;
         // libfuse wants to hear what the kernel offers before anything else. The answer to this
         // copy of it finds nobody waiting, unless the earlier daemon died before it answered.
         std::vector<std::byte> copy(init.begin(), init.end());
@@ -606,6 +694,11 @@ bool Mount::Impl::take(Worker& worker, size_t length) {
     }
     worker.unique = header.unique & ~kResentMark;
     worker.resent = (header.unique & kResentMark) != 0;
+    worker.kind = kind_of(header.opcode);
+    counts_of(worker.kind).requests.fetch_add(1, std::memory_order_relaxed);
+    if (worker.resent) {
+        repeated.fetch_add(1, std::memory_order_relaxed);
+    }
     return true;
 }
 
@@ -667,7 +760,7 @@ Mount::Mount(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Mount::~Mount() {
     if (!impl_->threads.empty()) {
         stop();
-    } else if (!impl_->session) {
+    } else if (!impl_->session && !impl_->stopped) {
         // A start that failed. Files that are open wait for the next one.
         [[maybe_unused]] const auto unmounted = unmount();
     }
@@ -693,7 +786,8 @@ Result<std::unique_ptr<Mount>> Mount::adopt(nova::Pool& pool, HolderClient holde
                     if (self->session) {
                         fuse_lowlevel_notify_inval_inode(self->session.get(), node, -1, 0);
                     }
-                }});
+                },
+            .attached = impl->options.attached});
     impl->files->adopt();
     return std::unique_ptr<Mount>(new Mount(std::move(impl)));
 }
@@ -718,7 +812,9 @@ void Mount::settle() {
 
 Result<void> Mount::unmount() {
     const std::lock_guard lock(impl_->holder_mutex);
-    return impl_->holder.unmount();
+    STELLARIUM_TRY(impl_->holder.unmount());
+    impl_->connected = false;
+    return {};
 }
 
 void Mount::stop() {
@@ -727,7 +823,6 @@ void Mount::stop() {
         // Served meanwhile: what was changed through mappings is written back.
         if (const Result<void> unmounted = unmount(); unmounted) {
             impl.log(LogLevel::kInfo, fmt::format("{} is unmounted", impl.holder_status.directory));
-            impl.connected = false;
         } else {
             impl.log(LogLevel::kWarning,
                      fmt::format("{} stays mounted, and its {} open files wait for the next daemon "
@@ -740,14 +835,51 @@ void Mount::stop() {
     impl.join();
     impl.files->stop();
     impl.session.reset();
+    impl.stopped = true;
 }
 
 MountStatus Mount::status() const {
-    return {.directory = impl_->holder_status.directory,
-            .holder_pid = impl_->holder_status.pid,
-            .open_files = impl_->files->open_files(),
-            .connected = impl_->connected,
-            .resends = impl_->resends};
+    const Impl& impl = *impl_;
+    MountStatus status{.directory = impl.holder_status.directory,
+                       .holder_pid = impl.holder_status.pid,
+                       .open_files = impl.files->open_files(),
+                       .connected = impl.connected,
+                       .resends = impl.resends,
+                       .adopted = impl.adopted,
+                       .repeated = impl.repeated};
+    status.kept = impl.waiting.status().kept;
+    {
+        const std::lock_guard lock(impl.flushes_mutex);
+        status.in_flight = impl.busy + impl.flushes + status.kept;
+    }
+    for (size_t kind = 0; kind < kFileRequestKinds; ++kind) {
+        const Counts& counts = impl.counts[kind];
+        status.totals[kind] = {
+            .requests = counts.requests, .bytes = counts.bytes, .errors = counts.errors};
+    }
+    return status;
+}
+
+std::vector<std::string> Mount::open_names(size_t at_most) const {
+    return impl_->files->open_names(at_most);
+}
+
+std::string_view file_request_name(FileRequest kind) {
+    switch (kind) {
+        case FileRequest::kOpen:
+            return "open";
+        case FileRequest::kRead:
+            return "read";
+        case FileRequest::kWrite:
+            return "write";
+        case FileRequest::kFlush:
+            return "flush";
+        case FileRequest::kDiscard:
+            return "discard";
+        case FileRequest::kOther:
+            break;
+    }
+    return "other";
 }
 
 }  // namespace stellarium::fuse

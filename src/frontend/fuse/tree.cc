@@ -22,6 +22,7 @@ struct Folder {
     std::string_view name;
     EntityKind kind;
 };
+/// Beside these there is kBootFolder, which holds folders.
 constexpr std::array kFolders = {Folder{kImagesFolder, "images", EntityKind::kImage},
                                  Folder{kVolumesFolder, "volumes", EntityKind::kVolume},
                                  Folder{kSnapshotsFolder, "snapshots", EntityKind::kSnapshot}};
@@ -35,15 +36,22 @@ std::unexpected<Error> nothing_there() {
     return fail(ErrorCode::kNotFound, "there is no such file");
 }
 
+constexpr std::string_view kBootName = "boot";
+
 }  // namespace
+
+std::string path_of(const EntityInfo& info) {
+    const auto* const folder = std::ranges::find(kFolders, info.kind, &Folder::kind);
+    return fmt::format("{}/{}", folder->name, info.name);
+}
 
 Tree::Tree(nova::Pool& pool, const TreeOptions& options) : pool_(pool), options_(options) {}
 
 NodeStat Tree::stat_folder(uint64_t node) const {
-    NodeStat result{.attributes = {}, .immutable = true};
+    NodeStat result{.attributes = {}, .immutable = is_fixed_folder(node)};
     result.attributes.st_ino = node;
     result.attributes.st_mode = S_IFDIR | (options_.for_group ? 0550 : 0500);
-    result.attributes.st_nlink = node == kRoot ? 2 + kFolders.size() : 2;
+    result.attributes.st_nlink = node == kRoot ? 2 + kFolders.size() + 1 : 2;
     result.attributes.st_uid = options_.uid;
     result.attributes.st_gid = options_.gid;
     return result;
@@ -74,7 +82,49 @@ NodeStat Tree::stat_entity(const EntityInfo& info) {
     return result;
 }
 
+Result<std::vector<std::pair<std::string, EntityInfo>>> Tree::boot_files(uint64_t entity) const {
+    std::vector<std::pair<std::string, EntityInfo>> files;
+    if (!options_.boots.images) {
+        return files;
+    }
+    STELLARIUM_ASSIGN(const EntityInfo info, pool_.find(entity));
+    if (info.kind == EntityKind::kSnapshot) {
+        return files;
+    }
+    const auto images = options_.boots.images(info.name);
+    if (!images) {
+        if (images.error().code() == ErrorCode::kNotFound) {
+            return files;
+        }
+        return std::unexpected(images.error());
+    }
+    for (const auto& [name, image] :
+         {std::pair("initrd", images->initrd), std::pair("vmlinuz", images->kernel)}) {
+        // One that has just been removed is not there.
+        if (const auto found = image.empty() ? nothing_there() : pool_.find(image); found) {
+            files.emplace_back(name, *found);
+        }
+    }
+    return files;
+}
+
 Result<NodeStat> Tree::lookup(uint64_t folder, std::string_view name) {
+    if (folder == kRoot && name == kBootName) {
+        return stat_folder(kBootFolder);
+    }
+    if (folder == kBootFolder) {
+        STELLARIUM_ASSIGN(const EntityInfo info, pool_.find(name));
+        STELLARIUM_ASSIGN(const auto files, boot_files(info.id));
+        return files.empty() ? nothing_there()
+                             : Result<NodeStat>(stat_folder(node_of(info.id) | kBootMark));
+    }
+    if (!is_fixed_folder(folder) && is_folder(folder)) {
+        STELLARIUM_ASSIGN(const auto files, boot_files(entity_of(folder)));
+        const auto found = std::ranges::find(
+            files, name, [](const auto& file) { return std::string_view(file.first); });
+        return found == files.end() ? nothing_there()
+                                    : Result<NodeStat>(stat_entity(found->second));
+    }
     if (folder == kRoot) {
         const auto found = std::ranges::find(kFolders, name, &Folder::name);
         return found == kFolders.end() ? nothing_there()
@@ -89,9 +139,14 @@ Result<NodeStat> Tree::lookup(uint64_t folder, std::string_view name) {
 }
 
 Result<NodeStat> Tree::stat(uint64_t node) {
+    if (is_fixed_folder(node)) {
+        return node == kRoot || node == kBootFolder || folder_of(node) != nullptr
+                   ? Result<NodeStat>(stat_folder(node))
+                   : nothing_there();
+    }
     if (is_folder(node)) {
-        return node == kRoot || folder_of(node) != nullptr ? Result<NodeStat>(stat_folder(node))
-                                                           : nothing_there();
+        STELLARIUM_TRY(pool_.find(entity_of(node)));
+        return stat_folder(node);
     }
     STELLARIUM_ASSIGN(const EntityInfo info, pool_.find(entity_of(node)));
     return stat_entity(info);
@@ -113,6 +168,19 @@ Result<std::shared_ptr<const Listing>> Tree::list(uint64_t folder, uint64_t hand
         for (const Folder& each : kFolders) {
             listing->push_back({each.node, std::string(each.name), S_IFDIR});
         }
+        listing->push_back({kBootFolder, std::string(kBootName), S_IFDIR});
+    } else if (folder == kBootFolder) {
+        for (EntityInfo& info :
+             options_.boots.all ? options_.boots.all() : std::vector<EntityInfo>()) {
+            listing->push_back({node_of(info.id) | kBootMark, std::move(info.name), S_IFDIR});
+        }
+        std::ranges::sort(*listing, {}, &Entry::node);
+    } else if (!is_fixed_folder(folder) && is_folder(folder)) {
+        STELLARIUM_ASSIGN(const auto files, boot_files(entity_of(folder)));
+        for (const auto& [name, image] : files) {
+            listing->push_back({node_of(image.id), name, S_IFREG});
+        }
+        std::ranges::sort(*listing, {}, &Entry::node);
     } else {
         const Folder* const place = folder_of(folder);
         if (place == nullptr) {

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mounted import MIB, EngineError, Mounted, check, skip_without_fuse
+from mounted import MIB, EngineError, Mounted, check, skip_without_fuse, wait_until
 
 SEED = int(os.environ.get("STELLARIUM_TEST_SEED", "1"))
 SEEK_DATA, SEEK_HOLE = 3, 4
@@ -181,14 +181,6 @@ def test_blocks_of_a_volume(engine):
     # A clone that nobody has written to is its origin.
     engine.run("volume", "clone", "sparse", "sparse-2")
     check(engine.volume("sparse-2").stat().st_blocks * 512 == 2 * PAGE, "blocks of a clone")
-
-
-def wait_until(condition, text, timeout_s=120):
-    import time
-    end = time.monotonic() + timeout_s
-    while not condition():
-        check(time.monotonic() < end, f"in vain waited for: {text}")
-        time.sleep(0.02)
 
 
 def test_random_writes_of_any_alignment(engine):
