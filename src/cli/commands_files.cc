@@ -91,11 +91,12 @@ Result<void> mount_files(Context& context, const Arguments& arguments) {
                 return std::unexpected(present.error());
             }
             STELLARIUM_TRY(check_place(directory));
+            STELLARIUM_ASSIGN(const Json version, ask(context, "GET", "/v1/version"));
             fuse::HolderOptions options{.directory = directory,
                                         .socket = socket,
                                         .owner = std::nullopt,
                                         .group = std::nullopt,
-                                        .store = "stellarium"};
+                                        .store = text_field(version, "directory")};
             if (uid != geteuid()) {
                 options.owner = uid;
                 options.group = static_cast<gid_t>(number_field(files, "gid"));

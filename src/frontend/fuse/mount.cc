@@ -411,7 +411,7 @@ void Mount::Impl::zero(fuse_req_t request, fuse_ino_t node, uint64_t offset_byte
         answer(request, files->zero(node, offset_bytes, length_bytes, discard),
                FileRequest::kDiscard);
     };
-    waiting.wait(node, 0, wait_and_zero, [&] { return wait_and_zero; });
+    waiting.wait(node, 0, wait_and_zero, [&] { return WaitingRequests::Job(wait_and_zero); });
 }
 
 void Mount::Impl::answer(fuse_req_t request, const Result<void>& done, FileRequest kind) {
