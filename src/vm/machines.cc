@@ -265,11 +265,50 @@ Result<MachineConfig> Machines::make_config(const RunRequest& request, MachineCo
     return config_from_json(to_json(config), "the machine's configuration");
 }
 
+/// The disk as it is asked for; true when it was made.
+Result<bool> Machines::prepare_disk(const std::string& name, const std::string& image) {
+    const std::string disk = disk_volume(name);
+    if (image.empty()) {
+        STELLARIUM_ASSIGN(const bool has_disk, exists(volume_target_of(disk)));
+        if (!has_disk) {
+            return fail(ErrorCode::kNotFound,
+                        fmt::format("machine '{}' has no disk yet: say --image", name));
+        }
+        return false;
+    }
+    const Result<Json> cloned = client_.call(
+        "POST", "/v1/clones", Json{{"source", image}, {"names", std::vector<std::string>{disk}}});
+    if (!cloned && cloned.error().code() == ErrorCode::kAlreadyExists) {
+        return fail(ErrorCode::kAlreadyExists,
+                    fmt::format("volume '{}' is there already: leave --image out to start machine "
+                                "'{}' from it, or remove it first",
+                                disk, name));
+    }
+    STELLARIUM_TRY(cloned);
+    return true;
+}
+
+/// Starts QEMU on the disk, which is there.
+Result<void> Machines::boot(Open& machine, const RunRequest& request) {
+    const std::string disk = volume_file(disk_volume(machine.record.name));
+    STELLARIUM_ASSIGN(machine.record.config, make_config(request, machine.record.config));
+    STELLARIUM_TRY(open_file(disk, O_RDONLY));  // It may take its name a moment.
+    STELLARIUM_ASSIGN(machine.record.process,
+                      start_qemu(machine.folder, {.name = machine.record.name,
+                                                  .config = machine.record.config,
+                                                  .disk = disk,
+                                                  .ram_file = {}}));
+    STELLARIUM_TRY(machine.folder.write(machine.record));
+    STELLARIUM_TRY(connect_qemu(machine.folder, machine.record.process, kConnectTimeout));
+    return {};
+}
+
 Result<MachineRecord> Machines::run(const std::string& name, const RunRequest& request) {
     STELLARIUM_ASSIGN(MachineFolder folder,
                       MachineFolder::make(options_.root, name, options_.lock_timeout));
     Open machine{.folder = std::move(folder), .record = {}};
     Result<MachineRecord> before = machine.folder.read();
+    const bool is_known = before.has_value();
     if (before) {
         machine.record = *std::move(before);
         STELLARIUM_TRY(recover(machine));
@@ -279,54 +318,21 @@ Result<MachineRecord> Machines::run(const std::string& name, const RunRequest& r
         }
         STELLARIUM_TRY(forget(machine));
     }
-    const std::string disk = disk_volume(name);
-    const bool makes_disk = !request.image.empty();
-    if (makes_disk) {
-        const Result<Json> cloned = client_.call(
-            "POST", "/v1/clones",
-            Json{{"source", request.image}, {"names", std::vector<std::string>{disk}}});
-        if (!cloned && cloned.error().code() == ErrorCode::kAlreadyExists) {
-            return fail(ErrorCode::kAlreadyExists,
-                        fmt::format("volume '{}' is there already: leave --image out to start "
-                                    "machine '{}' from it, or remove it first",
-                                    disk, name));
-        }
-        STELLARIUM_TRY(cloned);
-    } else {
-        STELLARIUM_ASSIGN(const bool has_disk, exists(volume_target_of(disk)));
-        if (!has_disk) {
-            if (!before) {
-                STELLARIUM_TRY(machine.folder.remove());
-            }
-            return fail(ErrorCode::kNotFound,
-                        fmt::format("machine '{}' has no disk yet: say --image", name));
-        }
-    }
     machine.record.name = name;
-    const auto start = [&]() -> Result<void> {
-        STELLARIUM_ASSIGN(machine.record.config, make_config(request, machine.record.config));
-        STELLARIUM_TRY(open_file(volume_file(disk), O_RDONLY));  // It may take its name a moment.
-        STELLARIUM_ASSIGN(machine.record.process,
-                          start_qemu(machine.folder, {.name = name,
-                                                      .config = machine.record.config,
-                                                      .disk = volume_file(disk),
-                                                      .ram_file = {}}));
-        STELLARIUM_TRY(machine.folder.write(machine.record));
-        STELLARIUM_TRY(connect_qemu(machine.folder, machine.record.process, kConnectTimeout));
-        return {};
-    };
-    if (const Result<void> started = start(); !started) {
-        [[maybe_unused]] const Result<void> ended = kill_qemu(machine.record.process);
-        if (makes_disk) {
-            [[maybe_unused]] const Result<void> dropped =
-                drop_volumes({disk}, kVolumeReleaseTimeout);
-            [[maybe_unused]] const Result<void> removed = machine.folder.remove();
-        } else {
-            [[maybe_unused]] const Result<void> forgotten = forget(machine);
-        }
-        return std::unexpected(started.error());
+    const Result<bool> makes_disk = prepare_disk(name, request.image);
+    const Result<void> started =
+        makes_disk ? boot(machine, request) : std::unexpected(makes_disk.error());
+    if (started) {
+        return machine.record;
     }
-    return machine.record;
+    [[maybe_unused]] const Result<void> ended = kill_qemu(machine.record.process);
+    if (makes_disk.value_or(false)) {
+        [[maybe_unused]] const Result<void> dropped =
+            drop_volumes({disk_volume(name)}, kVolumeReleaseTimeout);
+    }
+    [[maybe_unused]] const Result<void> forgotten =
+        is_known ? forget(machine) : machine.folder.remove();
+    return std::unexpected(started.error());
 }
 
 Result<void> Machines::stop(const std::string& name, bool force,

@@ -132,6 +132,8 @@ class Machines {
     Result<Json> get(const std::string& target);
     Result<bool> exists(const std::string& target);
     Result<MachineConfig> make_config(const RunRequest& request, MachineConfig config);
+    Result<bool> prepare_disk(const std::string& name, const std::string& image);
+    Result<void> boot(Open& machine, const RunRequest& request);
     Result<Open> open(const std::string& name);
     Result<void> recover(Open& machine);
     Result<void> drop_partial(const std::string& name, const std::string& snapshot);

@@ -43,29 +43,31 @@ struct Qmp::Impl {
 
     /// The next line; nullopt when it is not complete at the deadline. What came of it is kept.
     Result<std::optional<std::string>> read_line(Clock::time_point deadline) {
-        std::optional<QmpError> outcome;
+        bool done = false;
+        QmpError outcome;
         size_t length = 0;
         asio::async_read_until(socket, asio::dynamic_buffer(received, kMaxLineBytes), '\n',
                                [&](const QmpError& code, size_t bytes) {
+                                   done = true;
                                    outcome = code;
                                    length = bytes;
                                });
         context.restart();
         context.run_until(deadline);
-        if (!outcome) {
+        if (!done) {
             QmpError ignored;
-            socket.cancel(ignored);
+            ignored = socket.cancel(ignored);
             context.run();
         }
-        if (*outcome == asio::error::operation_aborted) {
+        if (outcome == asio::error::operation_aborted) {
             return std::nullopt;
         }
-        if (*outcome == asio::error::not_found) {
+        if (outcome == asio::error::not_found) {
             return fail(ErrorCode::kProtocol,
                         fmt::format("QEMU at {} sends a line without end", path));
         }
-        if (*outcome) {
-            return std::unexpected(gone(*outcome));
+        if (outcome) {
+            return std::unexpected(gone(outcome));
         }
         std::string line = received.substr(0, length);
         received.erase(0, length);

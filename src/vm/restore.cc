@@ -179,7 +179,8 @@ Result<SavedState> Machines::load_state(const std::string& name, const std::stri
         const Result<void> done =
             read_at(file.get(), path, offset, MutableBytes(bytes).subspan(offset));
         if (!done && done.error().code() == ErrorCode::kIo) {
-            return std::unexpected(explain_damage(done.error(), volume + "@" + snapshot, offset,
+            return std::unexpected(explain_damage(done.error(),
+                                                  fmt::format("{}@{}", volume, snapshot), offset,
                                                   bytes.size() - offset));
         }
         return done;
@@ -220,7 +221,7 @@ Result<RestoreFigures> Machines::start_clones(const std::string& name, const std
     for (Starting& each : clones) {
         MachineRecord& record = each.machine.record;
         record.config = state.config;
-        record.restored_from = name + "@" + snapshot;
+        record.restored_from = fmt::format("{}@{}", name, snapshot);
         record.base = base;
         STELLARIUM_TRY(each.machine.folder.write(record));
     }

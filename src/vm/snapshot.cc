@@ -157,31 +157,50 @@ class StreamReceiver {
         changed_.notify_all();
     }
 
-    void receive() {
-        while (true) {
-            std::vector<std::byte> piece(kPieceBytes);
-            size_t filled = 0;
-            ssize_t got = 0;
-            do {
-                got = recv(connection_.get(), piece.data() + filled, piece.size() - filled, 0);
-                filled += got > 0 ? static_cast<size_t>(got) : 0;
-            } while ((got > 0 && filled < piece.size()) || (got < 0 && errno == EINTR));
+    /// Fills a piece, shorter at the end of the stream.
+    Result<std::vector<std::byte>> next_piece() const {
+        std::vector<std::byte> piece(kPieceBytes);
+        size_t filled = 0;
+        while (filled < piece.size()) {
+            const ssize_t got =
+                recv(connection_.get(), piece.data() + filled, piece.size() - filled, 0);
+            if (got < 0 && errno == EINTR) {
+                continue;
+            }
             if (got < 0) {
-                finish(std::unexpected(Error::from_errno(errno, "receive QEMU's memory")));
+                return std::unexpected(Error::from_errno(errno, "receive QEMU's memory"));
             }
-            piece.resize(filled);
-            std::unique_lock lock(mutex_);
-            changed_.wait(lock, [&] { return queued_bytes_ < kMaxQueuedBytes || stopped_; });
-            queued_bytes_ += filled;
-            if (filled > 0) {
-                queue_.push_back(std::move(piece));
+            if (got == 0) {
+                break;
             }
-            ended_ = got <= 0;
-            changed_.notify_all();
-            if (ended_ || stopped_) {
-                ended_ = true;
+            filled += static_cast<size_t>(got);
+        }
+        piece.resize(filled);
+        return piece;
+    }
+
+    /// False when no more is wanted.
+    bool enqueue(std::vector<std::byte> piece) {
+        std::unique_lock lock(mutex_);
+        changed_.wait(lock, [&] { return queued_bytes_ < kMaxQueuedBytes || stopped_; });
+        ended_ = piece.size() < kPieceBytes || stopped_;
+        queued_bytes_ += piece.size();
+        if (!piece.empty()) {
+            queue_.push_back(std::move(piece));
+        }
+        changed_.notify_all();
+        return !ended_;
+    }
+
+    void receive() {
+        bool more = true;
+        while (more) {
+            Result<std::vector<std::byte>> piece = next_piece();
+            if (!piece) {
+                finish(std::unexpected(piece.error()));
                 return;
             }
+            more = enqueue(*std::move(piece));
         }
     }
 

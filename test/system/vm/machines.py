@@ -9,10 +9,14 @@
 The guest is a kernel with an initramfs that prints "count N" ten times a second, N ever larger, and keeps
 N in the first sector of its disk. One thread.
 """
+import json
+import os
 import re
+import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fuse"))
@@ -34,6 +38,16 @@ while true; do
     usleep 100000
 done
 """
+
+
+@contextmanager
+def pinned(folder):
+    """A short name of a folder: the address of a socket has room for 107 bytes."""
+    descriptor = os.open(folder, os.O_PATH)
+    try:
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
 
 
 class Machines(Mounted):
@@ -70,6 +84,20 @@ class Machines(Mounted):
         """Starts stellarctl and does not wait."""
         return subprocess.Popen([str(self.ctl_program), *map(str, words)], env=self.environment,
                                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    def qmp(self, name, *commands):
+        """Gives a machine's QEMU commands without arguments, as another program might."""
+        with socket.socket(socket.AF_UNIX) as client, \
+                pinned(self.vm_root() / name) as folder:
+            client.settimeout(TIMEOUT_S)
+            client.connect(f"{folder}/qmp.sock")
+            stream = client.makefile("rw")
+            stream.readline()
+            for command in ("qmp_capabilities", *commands):
+                stream.write(json.dumps({"execute": command}) + "\n")
+                stream.flush()
+                while "return" not in json.loads(stream.readline()):
+                    pass
 
     def machine(self, name):
         for each in self.ctl("vm", "ls")["machines"]:

@@ -8,6 +8,7 @@ snapshot, with a disk and private RAM of its own.
 """
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import mounted
 
 CLONES = 3
 MEMORY_MIB = 128
-EXIT_NOT_FOUND, EXIT_EXISTS, EXIT_BUSY, EXIT_CORRUPT, EXIT_UNAVAILABLE = 3, 4, 5, 6, 13
+EXIT_USAGE, EXIT_NOT_FOUND, EXIT_EXISTS, EXIT_BUSY, EXIT_CORRUPT, EXIT_UNAVAILABLE = 2, 3, 4, 5, 6, 13
 
 
 def goes_on_from(engine, names, least, most):
@@ -142,6 +143,58 @@ def broken_off(engine):
         check(len(left) == (3 if complete else 0), f"snapshots after a broken off one: {left}")
 
 
+def died_while_it_stood(engine):
+    """A command that dies between the last of the RAM and the guest's going on, made to measure."""
+    record = engine.vm_root() / "first" / "machine.json"
+    machine = json.loads(record.read_text())
+    engine.qmp("first", "stop")
+    engine.run("snapshot", "create", "first-disk", "half")
+    record.write_text(json.dumps(machine | {"pending": "half", "resume": True}))
+    count = engine.counts("first")[-1]
+    done = subprocess.run([str(engine.ctl_program), "vm", "ls"], stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True, env=engine.environment, check=True)
+    check("'half'" in done.stderr, f"nothing is said of a broken off snapshot: {done.stderr}")
+    engine.wait_for_count("first", count + 2)
+    check(not [each for each in engine.ctl("snapshot", "ls") if "@half" in each["name"]],
+          "a part of a snapshot is left")
+    check(json.loads(record.read_text())["pending"] == "", "the snapshot is still on record")
+
+
+def starts_again(engine, names):
+    """A stopped machine starts on the disk that it has, with the memory that it had."""
+    check(engine.machine(names[0])["state"] == "stopped", f"{names[0]} runs already")
+    engine.run("vm", "run", names[0], "--image", "disk", status=EXIT_EXISTS)
+    answer = engine.ctl("vm", "run", names[0])
+    check(answer["memory_bytes"] == MEMORY_MIB * MIB and answer["restored_from"] == "",
+          f"started again: {answer}")
+    engine.wait_for_count(names[0], 2)
+    check(engine.counts(names[0])[0] == 1, "it was started, and not restored")
+    # Another process may not be taken for it, nor its end be missed.
+    os.kill(answer["pid"], signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while engine.machine(names[0])["state"] != "died":
+        check(time.monotonic() < deadline, "a killed QEMU is not seen")
+        time.sleep(0.05)
+    engine.run("vm", "snapshot", names[0], "dead", status=EXIT_UNAVAILABLE)
+    engine.run("vm", "stop", names[0])
+    check(engine.machine(names[0])["state"] == "stopped", "stop of one that died")
+
+
+def cannot_start(engine):
+    """QEMU's own words, and nothing left."""
+    done = subprocess.run([str(engine.ctl_program), "vm", "run", "bad", "--image", "disk", "--kernel",
+                           "/nowhere/vmlinuz"], stdin=subprocess.DEVNULL, capture_output=True,
+                          text=True, env=engine.environment, check=False)
+    check(done.returncode == EXIT_UNAVAILABLE and "/nowhere/vmlinuz" in done.stderr,
+          f"a kernel that is not there: {done}")
+    engine.run("vm", "run", "bad", "--image", "disk", "--memory", "1.5KiB", status=EXIT_USAGE)
+    engine.run("vm", "run", "bad", "--image", "nothing", status=EXIT_NOT_FOUND)
+    engine.run("vm", "run", "b@d", "--image", "disk", status=EXIT_USAGE)
+    check(not (engine.vm_root() / "bad").exists(), "a folder is left of a machine that never was")
+    check(not [each for each in engine.ctl("volume", "ls") if each["name"].startswith("bad")],
+          "a volume is left of a machine that never was")
+
+
 def damaged(engine):
     """One byte of a page of the RAM rots in the store: no clone starts, and the chunk is named."""
     engine.run("vm", "stop", "first", "--force")
@@ -213,6 +266,9 @@ def run(engine):
     phase(later_snapshots, figures, names)
     phase(after_a_restart, names)
     phase(broken_off)
+    phase(died_while_it_stood)
+    phase(starts_again, names)
+    phase(cannot_start)
     phase(damaged)
     phase(removed, names)
     return figures
