@@ -15,8 +15,9 @@
 // Order: a file is in the table before the kernel hears that it is open, and out of it before the
 // kernel hears that it is closed. The fields of a slot are written before its state, with release
 // order; a process that dies in between leaves a free slot. One thing stays behind: when whoever
-// opened a file is killed while no daemon runs, the OPEN of a file that is in the table never comes
-// again, and neither does its RELEASE. The file counts as open until the directory is unmounted.
+// opened a file is killed between the moment in which the kernel queues its unanswered OPEN again
+// and that in which we read it, it never comes, and neither does its RELEASE. The file counts as
+// open until the directory is unmounted. (docs/internals/files-over-restarts.md, "What remains")
 //
 // Thread rule: any thread. One process at a time.
 // Errors: kLimitExceeded when kMaxOpenFiles are open; kProtocol for a table of another version.
