@@ -24,8 +24,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "test" / "system" / "guests"))
-import guests  # noqa: E402  (found by the line above)
+for each in ("guests", "vm"):
+    sys.path.insert(0, str(ROOT / "test" / "system" / each))
+import guests  # noqa: E402  (found by the lines above)
 import report  # noqa: E402
 from engine import EngineError  # noqa: E402
 from measure import Progress, Unavailable  # noqa: E402

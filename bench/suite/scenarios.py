@@ -6,6 +6,7 @@ only this variant is left out (measure.Unavailable).
 """
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import guests
+import machines
 import peers
 import served
 from engine import Engine
@@ -958,6 +960,116 @@ def nbd(bench):
              "Everything has been read once before.")
 
 
+def vm_restore(bench):
+    """Machines of `stellarctl vm` that count on their consoles; see test/system/vm/machines.py."""
+    count = 3 if bench.small else 20
+    memory_mib = 128
+    pauses_mib = (256,) if bench.small else (256, 1024, 4096)
+    plain, first, last = "plain start", f"{count} clones, median", f"{count} clones{P99}"
+
+    def store():
+        if os.geteuid() != 0 or not os.access("/dev/fuse", os.W_OK):
+            raise Unavailable("files of a store are mounted by root, with /dev/fuse")
+        engine = bench.stack.enter_context(machines.Machines(bench.build))
+        engine.run("init")
+        engine.start()
+        engine.make_disk_image("disk")
+        engine.run_counter("counter", "disk", memory_mib)
+        engine.wait_for_count("counter", 20)
+        before = engine.ctl("stats")["unique_bytes"]
+        engine.ctl("vm", "snapshot", "counter", "first")
+        between = engine.ctl("stats")["unique_bytes"]
+        engine.wait_for_count("counter", engine.counts("counter")[-1] + 100)
+        engine.ctl("vm", "snapshot", "counter", "second")
+        engine.snapshot_bytes = (between - before, engine.ctl("stats")["unique_bytes"] - between)
+        engine.run("vm", "stop", "counter", "--force")
+        return engine
+
+    def machines_store():
+        return bench.once("machines", store)
+
+    def outputs(folders, begin):
+        """Seconds from `begin` to the first line of each console."""
+        logs = {name: Path(folder, "console.log") for name, folder in folders.items()}
+        seconds = {}
+        while len(seconds) < len(logs):
+            for name, log in logs.items():
+                if name not in seconds and log.exists() and b"count" in log.read_bytes():
+                    seconds[name] = time.monotonic() - begin
+            if time.monotonic() - begin > machines.TIMEOUT_S:
+                raise AssertionError(f"of {len(logs)} machines {len(seconds)} have said something")
+            time.sleep(0.001)
+        return sorted(seconds.values())
+
+    name = numbered("machine-")
+
+    def start():
+        engine = machines_store()
+        machine = name()
+        root = engine.vm_root()
+        begin = time.monotonic()
+        process = engine.spawn("vm", "run", machine, "--image", "disk", "--memory",
+                               f"{memory_mib}MiB", *engine.kernel_options(machines.COUNTER))
+        seconds = outputs({machine: root / machine}, begin)[0]
+        process.wait()
+        engine.run("vm", "rm", machine, "--force")
+        return seconds
+
+    def restore():
+        engine = machines_store()
+        clones = [name() for _ in range(count)]
+        root = engine.vm_root()
+        begin = time.monotonic()
+        process = engine.spawn("vm", "restore", "counter@second", *clones)
+        seconds = outputs({each: root / each for each in clones}, begin)
+        process.wait()
+        time.sleep(1)  # The guests are idle for a second: what they write then is their own.
+        private = [engine.private_ram_bytes(each) for each in clones]
+        for each in clones:
+            engine.run("vm", "rm", each, "--force")
+        return {"median": statistics.median(seconds), "p99": seconds[math.ceil(0.99 * count) - 1],
+                "private": max(private)}
+
+    def pause(size_mib):
+        def take():
+            engine = machines_store()
+            machine = name()
+            engine.run_counter(machine, "disk", size_mib)
+            engine.wait_for_count(machine, 20)
+            engine.ctl("vm", "snapshot", machine, "first")
+            engine.wait_for_count(machine, engine.counts(machine)[-1] + 20)
+            answer = engine.ctl("vm", "snapshot", machine, "second")
+            engine.run("vm", "rm", machine, "--force")
+            return {"pause": answer["pause_ms"] * 1000, "total": answer["total_ms"] / 1000}
+        return take
+
+    restored = Together(restore)
+    variants = {plain: start, first: restored.variant("median"), last: restored.variant("p99"),
+                "private RAM of a clone, largest": restored.variant("private"),
+                "first snapshot": lambda: machines_store().snapshot_bytes[0],
+                "second snapshot": lambda: machines_store().snapshot_bytes[1]}
+    units = {"private RAM of a clone, largest": "bytes", "first snapshot": "bytes",
+             "second snapshot": "bytes"}
+    for size_mib in pauses_mib:
+        taken = Together(pause(size_mib))
+        variants[f"pause, {size_mib} MiB"] = taken.variant("pause")
+        variants[f"snapshot, {size_mib} MiB"] = taken.variant("total")
+        units[f"pause, {size_mib} MiB"] = "us"
+    return Scenario(
+        "vm-restore", f"Machines that go on from a snapshot, {memory_mib} MiB of RAM", "s", variants,
+        [Target("private RAM of an idle clone after a second, MiB", 2,
+                lambda m: m["private RAM of a clone, largest"] / MIB, at_most=True),
+         Target("bytes of a second snapshot, beside the first", 0.15,
+                lambda m: m["second snapshot"] / m["first snapshot"], at_most=True),
+         Target("pause with the largest RAM, beside the smallest", 3,
+                lambda m: m[f"pause, {pauses_mib[-1]} MiB"] / m[f"pause, {pauses_mib[0]} MiB"],
+                at_most=True)],
+        units=units,
+        note="From the command to the guest's next line on its console; the guest prints ten a second. "
+             f"{count} clones are started by one command. Pauses and snapshots are those of a second "
+             "snapshot two seconds after the first.")
+
+
 def density(bench):
     wanted = 100 if bench.small else 10000
     image = bench.random_file(16 * MIB)
@@ -1095,6 +1207,7 @@ SCENARIOS = {
     "boot-prefetch": boot_prefetch,
     "boot-guest": boot_guest,
     "nbd": nbd,
+    "vm-restore": vm_restore,
     "density": density,
     "layers": layers,
     "index": index,
