@@ -447,6 +447,25 @@ TYPED_TEST(ContractTest, AFileIsLockedByOneOpenFileAtATime) {
     STELLARIUM_EXPECT_OK((*second)->lock());
 }
 
+TYPED_TEST(ContractTest, SharedLocksStandBesideEachOtherAndAgainstAnExclusiveOne) {
+    auto first = this->files().open(this->path("a"), OpenMode::kCreateNew);
+    STELLARIUM_ASSERT_OK(first);
+    auto second = this->files().open(this->path("a"), OpenMode::kReadOnly);
+    STELLARIUM_ASSERT_OK(second);
+    auto third = this->files().open(this->path("a"), OpenMode::kReadWrite);
+    STELLARIUM_ASSERT_OK(third);
+    STELLARIUM_ASSERT_OK((*first)->lock_shared());
+    STELLARIUM_EXPECT_OK((*second)->lock_shared());
+    STELLARIUM_EXPECT_FAILS((*third)->lock(), ErrorCode::kBusy);
+    STELLARIUM_EXPECT_FAILS((*first)->lock(), ErrorCode::kBusy);
+    second->reset();
+    STELLARIUM_EXPECT_FAILS((*third)->lock(), ErrorCode::kBusy);
+    STELLARIUM_EXPECT_OK((*first)->lock());
+    STELLARIUM_EXPECT_FAILS((*third)->lock_shared(), ErrorCode::kBusy);
+    first->reset();
+    STELLARIUM_EXPECT_OK((*third)->lock());
+}
+
 TYPED_TEST(ContractTest, AFileKeepsItsIdentityAndACopyHasAnother) {
     auto file = this->files().open(this->path("a"), OpenMode::kCreateNew);
     STELLARIUM_ASSERT_OK(file);

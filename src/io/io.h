@@ -114,6 +114,10 @@ class File {
     /// Takes an exclusive lock on the file, held until this File is destroyed or the process dies.
     /// kBusy when another File of the same file holds one, of this process or not.
     virtual Result<void> lock() = 0;
+    /// Takes a shared lock on the file, beside those of others. It belongs to what was opened, and
+    /// so lasts as long as this File, any copy of its descriptor (also in another process that was
+    /// given one) or any mapping made of these. kBusy while another File holds an exclusive one.
+    virtual Result<void> lock_shared() = 0;
     /// A descriptor for calls that need one (io_uring, splice), or -1 on the simulated disk.
     virtual int descriptor() const = 0;
 };

@@ -105,9 +105,9 @@ class PosixMappedBytes final : public MappedBytes {
 };
 
 /// 0, or the system's error; EAGAIN when another open file holds a lock.
-int lock_whole_file(int descriptor) {
+int lock_whole_file(int descriptor, short type = F_WRLCK) {
     struct flock whole_file{};
-    whole_file.l_type = F_WRLCK;
+    whole_file.l_type = type;
     whole_file.l_whence = SEEK_SET;
     if (retry_interrupted([&] { return ::fcntl(descriptor, F_OFD_SETLK, &whole_file); }) == 0) {
         return 0;
@@ -298,17 +298,20 @@ class PosixFile final : public File {
         return FileIdentity{.device = status.st_dev, .inode = status.st_ino};
     }
 
-    Result<void> lock() override {
-        const int error = lock_whole_file(descriptor_.get());
+    Result<void> lock() override { return lock_as(F_WRLCK); }
+    Result<void> lock_shared() override { return lock_as(F_RDLCK); }
+
+    int descriptor() const override { return descriptor_.get(); }
+
+  private:
+    Result<void> lock_as(short type) {
+        const int error = lock_whole_file(descriptor_.get(), type);
         if (error == EAGAIN) {
             return fail(ErrorCode::kBusy, fmt::format("{} is in use", path_));
         }
         return error == 0 ? Result<void>() : failed(error, "lock", path_);
     }
 
-    int descriptor() const override { return descriptor_.get(); }
-
-  private:
     Result<void> check_not_poisoned(std::string_view operation) const {
         if (poisoned_.load()) {
             return fail(ErrorCode::kIo,

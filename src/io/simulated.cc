@@ -92,7 +92,8 @@ struct SimulatedFileSystem::State {
     uint64_t epoch = 0;
     std::string last_death;
     int process_id = kFirstProcessId;
-    std::map<const Inode*, int> locks;  ///< To the holder's pid.
+    std::map<const Inode*, int> locks;              ///< To the holder's pid.
+    std::map<const Inode*, unsigned> shared_locks;  ///< How many there are.
 
     std::vector<ArmedFault> faults;
     uint64_t faults_fired = 0;
@@ -285,6 +286,7 @@ struct SimulatedFileSystem::State {
         ++process_id;
         last_death = std::move(why);
         locks.clear();
+        shared_locks.clear();
         faults.clear();
         mutations_until_halt = 0;
         halted = false;
@@ -323,10 +325,10 @@ class SimulatedFile final : public File {
                 std::abort();
             }
         }
-        if (holds_lock_) {
+        if (holds_lock_ || holds_shared_lock_) {
             const std::lock_guard guard(state_->mutex);
             if (epoch_ == state_->epoch) {
-                state_->locks.erase(inode_.get());
+                unlock();
             }
         }
     }
@@ -520,16 +522,46 @@ class SimulatedFile final : public File {
         state_->notify(OperationKind::kLock, path_);
         const std::lock_guard guard(state_->mutex);
         STELLARIUM_TRY(admit(OperationKind::kLock, "lock", false));
-        if (!holds_lock_ && !state_->locks.emplace(inode_.get(), state_->process_id).second) {
+        const auto shared = state_->shared_locks.find(inode_.get());
+        const unsigned own = holds_shared_lock_ ? 1 : 0;
+        if (!holds_lock_ && (state_->locks.contains(inode_.get()) ||
+                             (shared != state_->shared_locks.end() && shared->second > own))) {
             return fail(ErrorCode::kBusy, fmt::format("{} is in use", path_));
         }
+        unlock();
+        state_->locks.emplace(inode_.get(), state_->process_id);
         holds_lock_ = true;
+        return {};
+    }
+    Result<void> lock_shared() override {
+        state_->notify(OperationKind::kLock, path_);
+        const std::lock_guard guard(state_->mutex);
+        STELLARIUM_TRY(admit(OperationKind::kLock, "lock", false));
+        if (!holds_lock_ && state_->locks.contains(inode_.get())) {
+            return fail(ErrorCode::kBusy, fmt::format("{} is in use", path_));
+        }
+        unlock();
+        ++state_->shared_locks[inode_.get()];
+        holds_shared_lock_ = true;
         return {};
     }
 
     int descriptor() const override { return -1; }
 
   private:
+    /// The state's mutex is held.
+    void unlock() {
+        if (std::exchange(holds_lock_, false)) {
+            state_->locks.erase(inode_.get());
+        }
+        if (std::exchange(holds_shared_lock_, false)) {
+            const auto shared = state_->shared_locks.find(inode_.get());
+            if (--shared->second == 0) {
+                state_->shared_locks.erase(shared);
+            }
+        }
+    }
+
     std::unexpected<Error> failed_at(int errno_value, std::string_view operation,
                                      uint64_t offset_bytes) const {
         return std::unexpected(Error::from_errno(
@@ -612,6 +644,7 @@ class SimulatedFile final : public File {
     const uint64_t epoch_;
     bool poisoned_ = false;
     bool holds_lock_ = false;
+    bool holds_shared_lock_ = false;
     std::vector<MutableBytes> mappings_;
 };
 

@@ -44,14 +44,15 @@ struct SweepOptions {
 };
 
 struct CollectionReport {
-    uint64_t live_chunks = 0;     ///< Chunks and objects kept, of those before the position.
-    uint64_t live_bytes = 0;      ///< Their content.
-    uint64_t dead_chunks = 0;     ///< Freed by this collection.
-    uint64_t dead_bytes = 0;      ///< Their content.
-    uint64_t freed_bytes = 0;     ///< Given back to the file system: unlinked and punched.
-    uint64_t moved_bytes = 0;     ///< Live content written again.
-    uint64_t segments_freed = 0;  ///< Unlinked.
-    uint64_t segments = 0;        ///< Looked at.
+    uint64_t live_chunks = 0;      ///< Chunks and objects kept, of those before the position.
+    uint64_t live_bytes = 0;       ///< Their content.
+    uint64_t dead_chunks = 0;      ///< Freed by this collection.
+    uint64_t dead_bytes = 0;       ///< Their content.
+    uint64_t freed_bytes = 0;      ///< Given back to the file system: unlinked and punched.
+    uint64_t moved_bytes = 0;      ///< Live content written again.
+    uint64_t segments_freed = 0;   ///< Unlinked.
+    uint64_t segments = 0;         ///< Looked at.
+    uint64_t segments_leased = 0;  ///< Left alone, because somebody has them mapped.
 };
 
 /// A chunk that is mostly dead, and that one node only refers to.

@@ -216,6 +216,13 @@ class Store {
                                            std::optional<PageAddress> hint = {}) = 0;
     /// Where object `id` starts, as a hint for get_object later; nullopt when not stored.
     virtual std::optional<PageAddress> object_address(const ChunkId& id) = 0;
+    /// Opens a segment's file for somebody who maps it. While that file, a copy of its descriptor
+    /// in whatever process, or a mapping of it lives, no collection moves, punches or unlinks the
+    /// segment, also those of the processes that have the store later. What a collection declared
+    /// dead before may be punched all the same: read() what will be used afterwards, and when that
+    /// is kStale, begin again. kStale: there is no such segment (any more). kBusy: it is being
+    /// freed.
+    virtual Result<std::shared_ptr<io::File>> lease_segment(uint32_t segment) = 0;
     /// Hints the pages to be read into the page cache soon. Never blocks.
     virtual void prefetch(PageAddress address, uint32_t pages) = 0;
 

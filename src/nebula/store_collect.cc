@@ -43,6 +43,9 @@ class ProtectedStore final : public Store {
     std::optional<PageAddress> object_address(const ChunkId& id) override {
         return store_.object_address(id);
     }
+    Result<std::shared_ptr<io::File>> lease_segment(uint32_t segment) override {
+        return store_.lease_segment(segment);
+    }
     void prefetch(PageAddress address, uint32_t pages) override { store_.prefetch(address, pages); }
     Result<void> checkpoint(uint64_t sequence, Bytes payload) override {
         return store_.checkpoint(sequence, payload);
@@ -494,6 +497,11 @@ Result<void> CollectionImpl::move_sparse(const SweepOptions& options, Pace& pace
         if (!empty_it && liveness.sparse_packs.empty()) {
             continue;
         }
+        STELLARIUM_ASSIGN(auto unleased, store_.lock_unleased(segment->number()));
+        if (!unleased) {
+            continue;  // It could not be given back while somebody has it mapped.
+        }
+        unleased.reset();
         STELLARIUM_TRY(store_.segments_->visit_each(
             *segment, 0, [&](uint32_t ordinal, const Entry& entry, bool is_dead) {
                 if (entry.page.get() >= end_page) {
@@ -735,8 +743,10 @@ Result<void> CollectionImpl::free_condemned(Pace& pace) {
             report_.freed_bytes += bytes;
             return pace.spend(bytes);
         },
-        report_.segments_freed));
-    STELLARIUM_TRY(store_.record_freed());
+        report_.segments_freed, report_.segments_leased));
+    if (report_.segments_leased == 0) {
+        STELLARIUM_TRY(store_.record_freed());
+    }
     store_.reserve_.hold();
     return {};
 }

@@ -125,6 +125,7 @@ class StoreImpl final : public SalvagedStore {
     Result<void> read(PageAddress address, std::span<const iovec> into, IoMode mode) override;
     Result<ObjectBytes> get_object(const ChunkId& id, std::optional<PageAddress> hint) override;
     std::optional<PageAddress> object_address(const ChunkId& id) override;
+    Result<std::shared_ptr<io::File>> lease_segment(uint32_t segment) override;
     void prefetch(PageAddress address, uint32_t pages) override;
     Result<void> checkpoint(uint64_t sequence, Bytes payload) override;
     uint64_t bytes_since_checkpoint() const override;
@@ -363,17 +364,21 @@ class StoreImpl final : public SalvagedStore {
     /// The whole of it: sync, map, superblock. `dead_pairs`: see write_index.
     Result<void> record_dead(uint64_t dead_pairs);
     /// Unlinks and punches what the dead map names, and says so in the superblock. `freed(bytes)`
-    /// is called after each step and may fail to stop it.
+    /// is called after each step and may fail to stop it. Leased segments are left for the next
+    /// time, and counted.
     Result<void> free_recorded(const std::function<Result<void>(uint64_t bytes)>& freed,
-                               uint64_t& segments_freed);
+                               uint64_t& segments_freed, uint64_t& segments_leased);
+    /// The segment's file, to which nobody can get a lease while it is open; nullptr: somebody has
+    /// one, see Store::lease_segment.
+    Result<std::unique_ptr<io::File>> lock_unleased(uint32_t segment);
     /// Says in the superblock that nothing that the dead map names takes room any more.
     Result<void> record_freed();
     /// False: there was nothing.
     Result<bool> free_unrecorded(uint64_t& segments_freed, uint64_t& freed_bytes);
     Result<uint32_t> file_pages(Segment& segment);
     Result<void> unlink_segment(Segment& segment);
-    /// False: this file system cannot.
-    Result<bool> punch_segment(Segment& segment);
+    /// False: this file system cannot. `file`: what lock_unleased() gave.
+    Result<bool> punch_segment(Segment& segment, io::File& file);
     Result<bool> is_stored_whole(const Entry& entry);
     /// Reads the pages that these entries share, from the disk, and checks each.
     Result<void> scrub_unit(Segment& segment, std::span<const Entry> entries, ScrubStep& step,

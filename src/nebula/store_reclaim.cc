@@ -89,16 +89,31 @@ Result<void> StoreImpl::finish_reclaim() {
         return {};
     }
     const std::lock_guard guard(checkpoint_mutex_);
+    // Nobody knows how far that process came.
+    uint64_t unfreed_bytes = 0;
+    for (Segment* segment : segments_->all()) {
+        segment->reclaim.unfreed_bytes = uint64_t{segment->reclaim.recorded_pages} * kPageBytes;
+        unfreed_bytes += segment->reclaim.unfreed_bytes;
+    }
+    {
+        const std::lock_guard state_guard(state_mutex_);
+        unfreed_bytes_ += unfreed_bytes;
+    }
     // The older generation may name an older map, or none.
     SuperblockSlot slot = superblock_;
     STELLARIUM_TRY(publish(slot));
     uint64_t segments_freed = 0;
-    auto freed = free_recorded([](uint64_t) -> Result<void> { return {}; }, segments_freed);
+    uint64_t segments_leased = 0;
+    auto freed =
+        free_recorded([](uint64_t) -> Result<void> { return {}; }, segments_freed, segments_leased);
     if (!freed) {
         // The next collection tries again; until then it costs space.
         warn(fmt::format("what garbage collection freed before could not all be given back: {}",
                          freed.error().message()));
         return {};
+    }
+    if (segments_leased > 0) {
+        return {};  // Of clients of the process that had the store before; the next collection's.
     }
     slot = superblock_;
     slot.dead_map_freed = 1;
@@ -250,14 +265,40 @@ Result<void> StoreImpl::unlink_segment(Segment& segment) {
     return {};
 }
 
+/// Who leases a segment takes its lock before looking whether what he wants is dead. What is freed
+/// under this lock was declared dead before: so either he finds that, or we find him.
+Result<std::unique_ptr<io::File>> StoreImpl::lock_unleased(uint32_t segment) {
+    STELLARIUM_ASSIGN(auto file, files_.open(segments_->path(segment), io::OpenMode::kReadWrite));
+    if (auto locked = file->lock(); !locked) {
+        if (locked.error().code() == ErrorCode::kBusy) {
+            return nullptr;
+        }
+        return std::unexpected(std::move(locked).error());
+    }
+    return file;
+}
+
+Result<std::shared_ptr<io::File>> StoreImpl::lease_segment(uint32_t number) {
+    STELLARIUM_TRY(check_usable());
+    const ReaderGate::Pin pin = gate_.enter();
+    const Segment* segment = segments_->find(number);
+    if (segment == nullptr || segment->is_gone()) {
+        return fail(
+            ErrorCode::kStale,
+            fmt::format("there is no segment {} (any more): look the chunk up by its id", number));
+    }
+    STELLARIUM_ASSIGN(std::shared_ptr<io::File> file,
+                      files_.open(segments_->path(number), io::OpenMode::kReadOnly));
+    STELLARIUM_TRY(file->lock_shared());
+    return file;
+}
+
 /// A punched hole is durable before the superblock says so.
-Result<bool> StoreImpl::punch_segment(Segment& segment) {
+Result<bool> StoreImpl::punch_segment(Segment& segment, io::File& file) {
     const std::vector<PageRun>& recorded = segment.reclaim.recorded;
-    STELLARIUM_ASSIGN(const auto file,
-                      files_.open(segments_->path(segment.number()), io::OpenMode::kReadWrite));
     // A header that says nothing, because it is damaged, forbids nothing.
     std::vector<std::byte> page(kPageBytes);
-    if (io::read_exact(*file, page, 0)) {
+    if (io::read_exact(file, page, 0)) {
         const auto header = decode_segment_header(page, store_id_, segment.number());
         const auto why_not =
             header ? check_versions(header->read_version, header->write_version,
@@ -265,7 +306,7 @@ Result<bool> StoreImpl::punch_segment(Segment& segment) {
                    : Result<std::string>(std::string());
         if (!why_not || !why_not->empty()) {
             warn(fmt::format("{}: {}; its space comes back only when all of it is dead",
-                             file->path(), why_not ? *why_not : why_not.error().message()));
+                             file.path(), why_not ? *why_not : why_not.error().message()));
             segment.reclaim.punched = recorded;
             return false;
         }
@@ -277,7 +318,7 @@ Result<bool> StoreImpl::punch_segment(Segment& segment) {
             continue;
         }
         auto punched =
-            file->punch_hole(uint64_t{run.page} * kPageBytes, uint64_t{run.pages} * kPageBytes);
+            file.punch_hole(uint64_t{run.page} * kPageBytes, uint64_t{run.pages} * kPageBytes);
         if (!punched && punched.error().code() == ErrorCode::kUnsupported) {
             if (!holes_unsupported_.exchange(true)) {
                 warn(fmt::format("{}; space comes back only where a whole segment is dead",
@@ -288,7 +329,7 @@ Result<bool> StoreImpl::punch_segment(Segment& segment) {
         }
         STELLARIUM_TRY(std::move(punched));
     }
-    if (auto synced = file->datasync(); !synced) {
+    if (auto synced = file.datasync(); !synced) {
         poison(synced.error(), "a sync of the log");
         return std::unexpected(std::move(synced).error());
     }
@@ -304,6 +345,10 @@ Result<bool> StoreImpl::free_unrecorded(uint64_t& segments_freed, uint64_t& free
     for (Segment* segment : segments_->all()) {
         Segment::Reclaim& reclaim = segment->reclaim;
         if (!reclaim.whole || reclaim.recorded_whole) {
+            continue;
+        }
+        STELLARIUM_ASSIGN(const auto unleased, lock_unleased(segment->number()));
+        if (!unleased) {
             continue;
         }
         STELLARIUM_ASSIGN(const uint32_t pages, file_pages(*segment));
@@ -327,33 +372,45 @@ Result<bool> StoreImpl::free_unrecorded(uint64_t& segments_freed, uint64_t& free
 }
 
 Result<void> StoreImpl::free_recorded(const std::function<Result<void>(uint64_t bytes)>& freed,
-                                      uint64_t& segments_freed) {
+                                      uint64_t& segments_freed, uint64_t& segments_leased) {
     gate_.wait();
     bool unlinked = false;
     const auto free_all = [&]() -> Result<void> {
-        while (!whole_dead_files_.empty()) {
-            const std::string path = segments_->path(whole_dead_files_.back());
+        for (size_t i = whole_dead_files_.size(); i-- > 0;) {
+            const std::string path = segments_->path(whole_dead_files_[i]);
             STELLARIUM_ASSIGN(const bool there, files_.exists(path));
             if (there) {
+                STELLARIUM_ASSIGN(const auto unleased, lock_unleased(whole_dead_files_[i]));
+                if (!unleased) {
+                    ++segments_leased;
+                    continue;
+                }
                 STELLARIUM_TRY(files_.remove(path));
                 unlinked = true;
             }
-            whole_dead_files_.pop_back();
+            whole_dead_files_.erase(whole_dead_files_.begin() + static_cast<std::ptrdiff_t>(i));
         }
         for (Segment* segment : segments_->all()) {
             Segment::Reclaim& reclaim = segment->reclaim;
+            if (!reclaim.recorded_whole && reclaim.recorded == reclaim.punched) {
+                continue;
+            }
+            STELLARIUM_ASSIGN(auto unleased, lock_unleased(segment->number()));
+            if (!unleased) {
+                ++segments_leased;
+                continue;
+            }
             if (reclaim.recorded_whole) {
                 STELLARIUM_TRY(unlink_segment(*segment));
                 unlinked = true;
                 ++segments_freed;
-            } else if (reclaim.recorded != reclaim.punched) {
-                STELLARIUM_ASSIGN(const bool punched, punch_segment(*segment));
+            } else {
+                STELLARIUM_ASSIGN(const bool punched, punch_segment(*segment, *unleased));
                 if (!punched) {
                     continue;
                 }
-            } else {
-                continue;
             }
+            unleased.reset();
             const uint64_t bytes = std::exchange(reclaim.unfreed_bytes, 0);
             {
                 const std::lock_guard guard(state_mutex_);

@@ -64,6 +64,9 @@ class CountingStore : public nebula::Store {
     std::optional<nebula::PageAddress> object_address(const ChunkId& id) override {
         return store_->object_address(id);
     }
+    Result<std::shared_ptr<io::File>> lease_segment(uint32_t segment) override {
+        return store_->lease_segment(segment);
+    }
     void prefetch(nebula::PageAddress address, uint32_t pages) override {
         store_->prefetch(address, pages);
     }
