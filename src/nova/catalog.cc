@@ -239,6 +239,7 @@ Catalog::Description Catalog::describe(const Entity& entity) const {
                        .parent = {},
                        .parent_removed = false,
                        .attachment = entity.attachment_,
+                       .shareable = entity.shareable_,
                        .snapshots = entity.snapshots_};
     if (!entity.removed_parent_name_.empty()) {
         result.parent = entity.removed_parent_name_;
@@ -353,6 +354,8 @@ Result<void> Catalog::apply(uint16_t kind, Bytes payload,
             return decoded(static_cast<ArenaRecord*>(nullptr));
         case RecordKind::kBoot:
             return decoded(static_cast<BootRecord*>(nullptr));
+        case RecordKind::kSharing:
+            return decoded(static_cast<SharingRecord*>(nullptr));
     }
     return fail(ErrorCode::kUnsupported,
                 fmt::format("the log holds a record of kind {:#06x}, which this version does not "
@@ -681,6 +684,16 @@ Result<void> Catalog::apply_record(const BootRecord& record) {
     return {};
 }
 
+Result<void> Catalog::apply_record(const SharingRecord& record) {
+    const std::lock_guard lock(mutex_);
+    const EntityPtr entity = find_locked(record.id);
+    if (!entity || entity->kind != EntityKind::kImage) {
+        return misfit(RecordKind::kSharing, fmt::format("no image has id {}", record.id));
+    }
+    entity->shareable_ = record.shareable;
+    return {};
+}
+
 // --- Checkpoint ----------------------------------------------------------------------------------
 
 Catalog::Frozen Catalog::freeze() const {
@@ -701,6 +714,7 @@ Catalog::Frozen Catalog::freeze() const {
                                 .removed_parent_name = entity->removed_parent_name_,
                                 .state = entity->state(),
                                 .attachment = entity->attachment_,
+                                .shareable = entity->shareable_,
                                 .origin = entity->origin_});
     }
     std::sort(frozen.items.begin(), frozen.items.end(),
@@ -804,6 +818,35 @@ void put_boots(std::vector<std::byte>& content, const Catalog::Frozen& frozen) {
     append_bytes(content, origins);
 }
 
+/// What version 3 has more: which images may be mapped where they lie.
+void put_shareable(std::vector<std::byte>& content, const std::vector<uint64_t>& shareable) {
+    format::CatalogSharingHeader header{};
+    header.shareable_count = static_cast<uint32_t>(shareable.size());
+    put(content, header);
+    for (const uint64_t id : shareable) {
+        put(content, U64Le(id));
+    }
+}
+
+/// Their ids, ascending.
+Result<std::vector<uint64_t>> get_shareable(Cursor& in) {
+    STELLARIUM_ASSIGN(const auto header, in.get<format::CatalogSharingHeader>());
+    if (header.reserved != std::array<uint8_t, 4>{} ||
+        header.shareable_count > in.remaining() / sizeof(U64Le)) {
+        return in.bad("the number of shareable images is out of range");
+    }
+    std::vector<uint64_t> ids;
+    ids.reserve(header.shareable_count);
+    for (uint32_t i = 0; i < header.shareable_count; ++i) {
+        STELLARIUM_ASSIGN(const auto id, in.get<U64Le>());
+        if (!ids.empty() && id <= ids.back()) {
+            return in.bad("the ids of shareable images do not ascend");
+        }
+        ids.push_back(id);
+    }
+    return ids;
+}
+
 Result<std::map<Hash256, Pieces>> get_boots(Cursor& in,
                                             absl::flat_hash_map<uint64_t, Hash256>& origins) {
     STELLARIUM_ASSIGN(const auto header, in.get<format::CatalogBootHeader>());
@@ -896,8 +939,21 @@ Result<std::vector<std::byte>> Catalog::save(nebula::Store& store, const Frozen&
     content.insert(content.end(), states.begin(), states.end());
     content.insert(content.end(), entities.begin(), entities.end());
     content.insert(content.end(), attachments.begin(), attachments.end());
-    if (!frozen.boots.empty()) {
+    std::vector<uint64_t> shareable;
+    for (const Frozen::Item& item : frozen.items) {
+        if (item.shareable) {
+            shareable.push_back(item.id);
+        }
+    }
+    // Without what a later version has an older program may read and write it.
+    const uint32_t version = !shareable.empty()      ? format::kCatalogVersionWithSharing
+                             : !frozen.boots.empty() ? format::kCatalogVersionWithBoots
+                                                     : format::kCatalogVersion;
+    if (version >= format::kCatalogVersionWithBoots) {
         put_boots(content, frozen);
+    }
+    if (version >= format::kCatalogVersionWithSharing) {
+        put_shareable(content, shareable);
     }
     for (const Frozen::Item& item : frozen.items) {
         if (item.state.damage) {
@@ -913,11 +969,8 @@ Result<std::vector<std::byte>> Catalog::save(nebula::Store& store, const Frozen&
 
     format::CatalogRoot root{};
     root.magic = format::kCatalogMagic;
-    // Without boot manifests an older program may read and write it.
-    const auto version = static_cast<uint16_t>(
-        frozen.boots.empty() ? format::kCatalogVersion : format::kCatalogVersionWithBoots);
-    root.read_version = version;
-    root.write_version = version;
+    root.read_version = static_cast<uint16_t>(version);
+    root.write_version = static_cast<uint16_t>(version);
     root.catalog_bytes = content.size();
     STELLARIUM_ASSIGN(const Pieces pieces, store_pieces(store, std::move(content), kWhat));
     root.levels = pieces.levels;
@@ -947,11 +1000,11 @@ Result<CatalogPieces> decode_root(Bytes payload) {
             checksum64(bytes_of(root).first(offsetof(format::CatalogRoot, checksum)))) {
         return fail(ErrorCode::kCorrupt, "checkpoint: its payload is not a catalog's root");
     }
-    if (root.read_version > format::kCatalogVersionWithBoots) {
+    if (root.read_version > format::kCatalogVersionWithSharing) {
         return fail(ErrorCode::kUnsupported,
                     fmt::format("the catalog has format {}, and this version reads up to {}: use a "
                                 "newer version",
-                                root.read_version.get(), format::kCatalogVersionWithBoots));
+                                root.read_version.get(), format::kCatalogVersionWithSharing));
     }
     if (root.levels > kMaxPieceLevels) {
         return fail(ErrorCode::kCorrupt, "checkpoint: too many levels of pieces");
@@ -1053,6 +1106,16 @@ Result<void> Catalog::load(Bytes payload) {
     absl::flat_hash_map<uint64_t, Hash256> origins;
     if (root.version >= format::kCatalogVersionWithBoots) {
         STELLARIUM_ASSIGN(boots_, get_boots(in, origins));
+    }
+    if (root.version >= format::kCatalogVersionWithSharing) {
+        STELLARIUM_ASSIGN(const std::vector<uint64_t> shareable, get_shareable(in));
+        for (const uint64_t id : shareable) {
+            const EntityPtr image = find_locked(id);
+            if (!image || image->kind != EntityKind::kImage) {
+                return in.bad(fmt::format("a shareable image has id {}, which is none", id));
+            }
+            image->shareable_ = true;
+        }
     }
     for (const EntityPtr& entity : entities) {
         if (entity->kind == EntityKind::kImage) {

@@ -97,6 +97,7 @@ class Entity {
     std::string name_;
     std::string removed_parent_name_;
     std::optional<AttachmentRecordBody> attachment_;
+    bool shareable_ = false;
     uint64_t snapshots_ = 0;
     Hash256 origin_;  ///< See Catalog::origin().
 };
@@ -141,6 +142,7 @@ class Catalog {
         std::string parent;  ///< Full, or what it was called when it was removed; "": none.
         bool parent_removed = false;
         std::optional<AttachmentRecordBody> attachment;
+        bool shareable = false;
         uint64_t snapshots = 0;
     };
     Description describe(const Entity& entity) const;
@@ -191,6 +193,7 @@ class Catalog {
             std::string removed_parent_name;
             VolumeState state;
             std::optional<AttachmentRecordBody> attachment;
+            bool shareable = false;
             Hash256 origin;
         };
         std::vector<Item> items;                        ///< Ascending by id.
@@ -225,6 +228,7 @@ class Catalog {
     Result<void> apply_record(const FoldRecord& record);
     Result<void> apply_record(const ArenaRecord& record);
     Result<void> apply_record(const BootRecord& record);
+    Result<void> apply_record(const SharingRecord& record);
 
     // With mutex_ held.
     EntityPtr find_locked(uint64_t id) const;

@@ -143,13 +143,23 @@ struct Boot {
 };
 static_assert(sizeof(Boot) == 80);
 
+/// Whether an image may be mapped where it lies.
+struct Sharing {
+    U64Le id;
+    U8 shareable;
+    std::array<uint8_t, 7> reserved;
+};
+static_assert(sizeof(Sharing) == 16);
+
 // --- Catalog (catalog.md) ------------------------------------------------------------------------
 
 inline constexpr std::array<uint8_t, 8> kCatalogMagic = {'S', 'T', 'L', 'C', 'A', 'T', 'A', 'L'};
 /// What a catalog without boot manifests is written as.
 inline constexpr uint32_t kCatalogVersion = 1;
-/// What one with boot manifests is written as, and the highest that is read.
+/// What one with boot manifests is written as.
 inline constexpr uint32_t kCatalogVersionWithBoots = 2;
+/// What one with shareable images is written as, and the highest that is read.
+inline constexpr uint32_t kCatalogVersionWithSharing = 3;
 
 /// The payload of a checkpoint: names the object that lists the catalog's pieces.
 struct CatalogRoot {
@@ -221,6 +231,13 @@ struct CatalogOrigin {
     Hash256 root;
 };
 static_assert(sizeof(CatalogOrigin) == 40);
+
+/// Behind what concerns boots in a catalog of version 3; an id (8 bytes) for each follows.
+struct CatalogSharingHeader {
+    U32Le shareable_count;
+    std::array<uint8_t, 4> reserved;
+};
+static_assert(sizeof(CatalogSharingHeader) == 8);
 
 /// Up to the end of the catalog: entities whose content could not be replayed, and why.
 struct CatalogDamage {

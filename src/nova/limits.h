@@ -118,6 +118,9 @@ inline constexpr uint64_t kMaxReadRunBytes = uint64_t{2} << 20;  ///< One read o
 /// How often one read looks up addresses that a garbage collection has made stale meanwhile. Each
 /// time takes a whole collection.
 inline constexpr int kMaxStaleReads = 8;
+/// How often a lease is tried again while a collection frees parts of the segment, with pauses of a
+/// millisecond.
+inline constexpr int kMaxBusyLeases = 10'000;
 /// Reader::next_data looks no further than this for the end of a range.
 inline constexpr uint64_t kMaxDataRangeBytes = uint64_t{1} << 30;
 

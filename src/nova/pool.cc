@@ -24,11 +24,13 @@
 #include "nova/folder.h"
 #include "nova/format.h"
 #include "nova/import.h"
+#include "nova/leased_range.h"
 #include "nova/leases.h"
 #include "nova/limits.h"
 #include "nova/reader.h"
 #include "nova/records.h"
 #include "nova/scrubber.h"
+#include "nova/sharing.h"
 #include "nova/tree.h"
 #include "nova/volume.h"
 
@@ -92,6 +94,10 @@ class StateReader final : public Reader {
         store_.prefetch(address, pages);
     }
 
+    Result<LeasedRange> lease(uint64_t first_page, uint64_t pages, size_t max_files) override {
+        return lease_range(store_, cache_, state_, first_page, pages, max_files);
+    }
+
   private:
     nebula::Store& store_;
     NodeCache& cache_;
@@ -117,6 +123,7 @@ class PoolImpl final : public Pool, public DeviceOwner {
     Result<void> close() override;
 
     Result<std::unique_ptr<ImageImport>> begin_import(std::string_view name) override;
+    Result<EntityInfo> set_shareable(std::string_view image, bool shareable) override;
     Result<EntityInfo> create_volume(std::string_view name, uint64_t size_bytes) override;
     Result<void> clone(std::string_view source, const std::vector<std::string>& names) override;
     Result<EntityInfo> resize(std::string_view volume, uint64_t size_bytes) override;
@@ -141,6 +148,8 @@ class PoolImpl final : public Pool, public DeviceOwner {
     Result<void> chunk_users(std::span<const ChunkId> chunks,
                              const std::function<Result<void>(const ChunkUser&)>& visit,
                              const std::function<bool()>& cancelled) override;
+
+    Result<SharingReport> sharing(const std::function<bool()>& cancelled) override;
 
     Result<std::shared_ptr<BlockDevice>> attach(std::string_view source,
                                                 const AttachOptions& options) override;
@@ -1163,6 +1172,23 @@ Result<void> PoolImpl::rename(std::string_view from, std::string_view to) {
     return settle(sequence);
 }
 
+Result<EntityInfo> PoolImpl::set_shareable(std::string_view image, bool shareable) {
+    uint64_t sequence = 0;
+    EntityPtr entity;
+    {
+        const std::lock_guard lock(operations_);
+        STELLARIUM_ASSIGN(entity, catalog_.find(image, EntityKind::kImage));
+        if (catalog_.describe(*entity).shareable == shareable) {
+            return info(*entity);
+        }
+        const PendingRecord pending =
+            PendingRecord::of(SharingRecord{.id = entity->id, .shareable = shareable});
+        STELLARIUM_ASSIGN(sequence, commit_alone(std::span(&pending, 1)));
+    }
+    STELLARIUM_TRY(settle(sequence));
+    return info(*entity);
+}
+
 Result<void> PoolImpl::remove(const std::vector<std::string>& names) {
     const std::lock_guard lock(operations_);
     std::vector<EntityPtr> entities;
@@ -1295,6 +1321,7 @@ EntityInfo PoolImpl::info(const Entity& entity) const {
                       .attachment = {},
                       .dirty_bytes = 0,
                       .snapshots = description.snapshots,
+                      .shareable = description.shareable,
                       .damage = {}};
     if (const auto damage = entity.state().damage) {
         result.damage = *damage;
@@ -1515,6 +1542,61 @@ Result<void> PoolImpl::chunk_users(std::span<const ChunkId> chunks,
         }
     }
     return {};
+}
+
+Result<SharingReport> PoolImpl::sharing(const std::function<bool()>& cancelled) {
+    std::vector<EntityPtr> entities;
+    for (const EntityKind kind : {EntityKind::kImage, EntityKind::kVolume}) {
+        for (EntityPtr& entity : catalog_.list(kind)) {
+            entities.push_back(std::move(entity));
+        }
+    }
+    const size_t named_apart = entities.size();
+    for (size_t i = 0; i < named_apart; ++i) {
+        for (EntityPtr& snapshot : catalog_.snapshots_of(entities[i]->id)) {
+            entities.push_back(std::move(snapshot));
+        }
+    }
+    SharingReport report;
+    std::vector<StateLease> leases;
+    for (const EntityPtr& entity : entities) {
+        StateLease lease =
+            leases_.take("a look at what is shared", [&] { return entity->state(); });
+        // See lease_present_state().
+        if (entity->removed()) {
+            continue;
+        }
+        if (lease.state().damage) {
+            report.complete = false;
+            continue;
+        }
+        report.entities.push_back(
+            {.kind = entity->kind, .id = entity->id, .name = catalog_.full_name(*entity)});
+        leases.push_back(std::move(lease));
+    }
+    const auto check_cancelled = [&]() -> Result<void> {
+        return cancelled && cancelled()
+                   ? fail(ErrorCode::kCancelled, "the look at what is shared was cancelled")
+                   : Result<void>();
+    };
+    SharingFinder finder(*store_,
+                         [this](uint32_t segment) { return resident_pages(*store_, segment); });
+    for (const StateLease& lease : leases) {
+        STELLARIUM_TRY(check_cancelled());
+        STELLARIUM_TRY(finder.add(lease.state()));
+    }
+    for (size_t i = 0; i < leases.size(); ++i) {
+        STELLARIUM_TRY(check_cancelled());
+        STELLARIUM_ASSIGN(const SharingFinder::Counts counts, finder.count(leases[i].state()));
+        Sharing& sharing = report.entities[i];
+        sharing.stored_bytes = counts.stored * kPageBytes;
+        sharing.resident_bytes = counts.resident * kPageBytes;
+        sharing.private_bytes = counts.own * kPageBytes;
+        sharing.shared_bytes = sharing.resident_bytes - sharing.private_bytes;
+    }
+    report.resident_bytes = finder.resident_pages_in_all() * kPageBytes;
+    report.complete = report.complete && finder.complete();
+    return report;
 }
 
 // --- Attachments ---------------------------------------------------------------------------------

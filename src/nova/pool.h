@@ -52,6 +52,7 @@ struct EntityInfo {
     std::string attachment;              ///< Label of the attachment; "" for none.
     uint64_t dirty_bytes = 0;            ///< Acknowledged, not yet in the log.
     uint64_t snapshots = 0;              ///< Of a volume.
+    bool shareable = false;              ///< Of an image; see Pool::set_shareable.
     /// Why its content is not known, so that it can only be renamed, removed and, if it has a
     /// snapshot that is not damaged, rolled back; "": it is intact as far as is known.
     std::string damage;
@@ -250,6 +251,19 @@ struct StoredRun {
     uint32_t pages = 0;
 };
 
+/// Pages of a state that lie one after another in a leased file.
+struct LeasedRun {
+    uint64_t page = 0;  ///< Of the state: the first one.
+    uint32_t pages = 0;
+    uint32_t file = 0;  ///< Which of LeasedRange::files.
+    uint64_t file_offset_bytes = 0;
+};
+/// Content where it lies in the store, to be mapped. What no run names is a hole.
+struct LeasedRange {
+    std::vector<std::shared_ptr<io::File>> files;
+    std::vector<LeasedRun> runs;  ///< Ascending by page.
+};
+
 /// A fixed state of an image, volume or snapshot, to read from (export). Holds what completed
 /// before it was made. Thread rule: any thread.
 class Reader {
@@ -274,6 +288,12 @@ class Reader {
     virtual Result<void> stage(nebula::PageAddress address, MutableBytes into) = 0;
     /// Has the system read them soon. Does not block.
     virtual void read_ahead(nebula::PageAddress address, uint32_t pages) = 0;
+
+    /// Leases the segments that hold [first_page, first_page + pages), for as long as the files
+    /// that are returned, copies of their descriptors or mappings of them live, in whatever
+    /// process (nebula/store.h). Each page has been read and checked when this returns.
+    /// kLimitExceeded: there are more than `max_files`.
+    virtual Result<LeasedRange> lease(uint64_t first_page, uint64_t pages, size_t max_files) = 0;
 };
 
 /// A part of an image, volume or snapshot that cannot be read.
@@ -312,6 +332,23 @@ struct DamageReport {
     std::vector<ChunkDamage> listed;  ///< At most kMaxDamageListed of them.
 };
 
+/// What of an image, volume or snapshot is in the page cache of the store's files, counted where it
+/// refers to: a page that it refers to twice counts twice. See sharing.h.
+struct Sharing {
+    EntityKind kind = EntityKind::kVolume;
+    uint64_t id = 0;
+    std::string name;             ///< For a snapshot: "VOLUME@SNAPSHOT".
+    uint64_t stored_bytes = 0;    ///< All that its tree and its delta refer to.
+    uint64_t resident_bytes = 0;  ///< Of those, in memory now.
+    uint64_t shared_bytes = 0;    ///< Of the latter, what something else refers to as well.
+    uint64_t private_bytes = 0;   ///< The others.
+};
+struct SharingReport {
+    std::vector<Sharing> entities;  ///< Images, volumes, snapshots; by name within each kind.
+    uint64_t resident_bytes = 0;    ///< What they refer to and is in memory, each page once.
+    bool complete = true;           ///< False: something damaged was left out.
+};
+
 struct AttachOptions {
     bool read_only = false;
     std::string label{};  ///< Who holds it, for messages: "vhost-user socket vm-1.sock".
@@ -345,6 +382,10 @@ class Pool {
 
     // Images.
     virtual Result<std::unique_ptr<ImageImport>> begin_import(std::string_view name) = 0;
+
+    /// Whether clients of a daemon may map this image's content where it lies in the store: who
+    /// does can read whatever else is in the same segments.
+    virtual Result<EntityInfo> set_shareable(std::string_view image, bool shareable) = 0;
 
     // Volumes.
     virtual Result<EntityInfo> create_volume(std::string_view name, uint64_t size_bytes) = 0;
@@ -389,6 +430,11 @@ class Pool {
     virtual Result<void> chunk_users(std::span<const ChunkId> chunks,
                                      const std::function<Result<void>(const ChunkUser&)>& visit,
                                      const std::function<bool()>& cancelled) = 0;
+
+    /// What is in memory of everything that has a name, and who shares it. Reads each node of the
+    /// trees and deltas at most three times, however many refer to it. `cancelled` is asked now and
+    /// then.
+    virtual Result<SharingReport> sharing(const std::function<bool()>& cancelled) = 0;
 
     // Devices.
     /// Opens a volume, or with read_only also an image or snapshot. A second writable device is

@@ -157,6 +157,8 @@ std::string record_kind_name(uint16_t kind) {
             return "fold";
         case RecordKind::kArena:
             return "arena";
+        case RecordKind::kSharing:
+            return "sharing";
         case RecordKind::kBoot:
             return "boot";
     }
@@ -615,6 +617,28 @@ Result<BootRecord> decode(Bytes payload) {
         return in.bad("it forgets a manifest and yet names one");
     }
     return record;
+}
+
+// --- Sharing -------------------------------------------------------------------------------------
+
+std::vector<std::byte> encode(const SharingRecord& record) {
+    format::Sharing head{};
+    head.id = record.id;
+    head.shareable = static_cast<uint8_t>(record.shareable ? 1 : 0);
+    Writer out;
+    out.put(head);
+    return out.take();
+}
+
+template <>
+Result<SharingRecord> decode(Bytes payload) {
+    Parser in(SharingRecord::kKind, payload);
+    STELLARIUM_ASSIGN(const auto head, in.get<format::Sharing>());
+    STELLARIUM_TRY(in.finish());
+    if (!is_zero(head.reserved) || head.shareable > 1) {
+        return in.bad("flag or reserved bytes are out of range");
+    }
+    return SharingRecord{.id = head.id, .shareable = head.shareable != 0};
 }
 
 }  // namespace stellarium::nova

@@ -44,6 +44,7 @@ enum class RecordKind : uint16_t {
     kFold = 0x010b,
     kArena = 0x010c,
     kBoot = 0x010d,
+    kSharing = 0x010e,
 };
 
 /// An image or volume comes to be: empty, or with the tree that an import built.
@@ -167,6 +168,13 @@ struct BootRecord {
     std::optional<Pieces> manifest;
 };
 
+/// Whether others may map the image where it lies (Pool::set_shareable).
+struct SharingRecord {
+    static constexpr RecordKind kKind = RecordKind::kSharing;
+    uint64_t id = 0;
+    bool shareable = false;
+};
+
 std::vector<std::byte> encode(const CreateRecord& record);
 std::vector<std::byte> encode(const CloneRecord& record);
 std::vector<std::byte> encode(const SnapshotRecord& record);
@@ -180,6 +188,7 @@ std::vector<std::byte> encode(const HoleRecord& record);
 std::vector<std::byte> encode(const FoldRecord& record);
 std::vector<std::byte> encode(const ArenaRecord& record);
 std::vector<std::byte> encode(const BootRecord& record);
+std::vector<std::byte> encode(const SharingRecord& record);
 
 /// Defined for the record types above.
 template <typename Record>
@@ -210,6 +219,8 @@ template <>
 Result<ArenaRecord> decode(Bytes payload);
 template <>
 Result<BootRecord> decode(Bytes payload);
+template <>
+Result<SharingRecord> decode(Bytes payload);
 
 /// "map", "clone", ... for messages; "0x1234" for a kind that is not ours.
 std::string record_kind_name(uint16_t kind);

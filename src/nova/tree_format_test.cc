@@ -382,6 +382,13 @@ TEST(RecordsFormatPage, StructsAreAsDocumented) {
     expect_struct(page, "Boot", sizeof(format::Boot),
                   {STELLARIUM_FIELD(format::Boot, root), STELLARIUM_FIELD(format::Boot, pieces),
                    STELLARIUM_FIELD(format::Boot, levels), STELLARIUM_FIELD(format::Boot, bytes)});
+    expect_struct(
+        page, "Sharing", sizeof(format::Sharing),
+        {STELLARIUM_FIELD(format::Sharing, id), STELLARIUM_FIELD(format::Sharing, shareable),
+         STELLARIUM_FIELD(format::Sharing, reserved)});
+    expect_struct(page, "CatalogSharingHeader", sizeof(format::CatalogSharingHeader),
+                  {STELLARIUM_FIELD(format::CatalogSharingHeader, shareable_count),
+                   STELLARIUM_FIELD(format::CatalogSharingHeader, reserved)});
     expect_struct(page, "CatalogBootHeader", sizeof(format::CatalogBootHeader),
                   {STELLARIUM_FIELD(format::CatalogBootHeader, boot_count),
                    STELLARIUM_FIELD(format::CatalogBootHeader, origin_count)});
@@ -441,7 +448,7 @@ TEST(RecordsFormatPage, KindsAreAsDocumented) {
         {"kRemove", RecordKind::kRemove},     {"kAttachment", RecordKind::kAttachment},
         {"kMap", RecordKind::kMap},           {"kHole", RecordKind::kHole},
         {"kFold", RecordKind::kFold},         {"kArena", RecordKind::kArena},
-        {"kBoot", RecordKind::kBoot},
+        {"kBoot", RecordKind::kBoot},         {"kSharing", RecordKind::kSharing},
     };
     const auto rows = page.rows("Records");
     EXPECT_EQ(rows.size(), kinds.size());

@@ -107,7 +107,8 @@ bool same(const Catalog::Frozen::Item& a, const Catalog::Frozen::Item& b) {
            a.kind == b.kind && a.name == b.name && a.removed_parent_name == b.removed_parent_name &&
            a.state.root == b.state.root && a.state.size_bytes == b.state.size_bytes &&
            a.state.delta.extents() == b.state.delta.extents() &&
-           a.state.delta.leaves() == b.state.delta.leaves() && same_attachment && same_damage;
+           a.state.delta.leaves() == b.state.delta.leaves() && a.shareable == b.shareable &&
+           same_attachment && same_damage;
 }
 
 /// Saves and loads: the same catalog, with the same name in the store.
@@ -197,7 +198,10 @@ void add_seeds(std::vector<Input>& out) {
     };
     const BootRecord boot{.root = here.root().id,
                           .manifest = Pieces{.top = here.root(), .levels = 0, .bytes = 100}};
-    for (const unsigned shape : {0U, 1U, 3U}) {
+    for (const unsigned shape : {0U, 1U, 6U, 3U}) {
+        if (shape == 6) {
+            apply(catalog, SharingRecord{.id = 1, .shareable = true});  // Version 3.
+        }
         if (shape == 3) {
             // Version 2, with an origin that no parent tells any more.
             apply(catalog, boot);
@@ -218,6 +222,7 @@ void add_seeds(std::vector<Input>& out) {
             input,
             CloneRecord{
                 .source = 2, .first_id = 5, .size_bytes = 8192, .created_ns = 6, .names = {"d"}});
+        add_record(input, SharingRecord{.id = 1, .shareable = shape != 0});
         add_record(input, boot);
         add_record(input, BootRecord{.root = boot.root, .manifest = std::nullopt});
         add_record(input, RemoveRecord{.ids = {2, 4}});
@@ -231,7 +236,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     using namespace stellarium::fuzz;  // NOLINT(google-build-using-namespace)
     Feed feed(data, size);
     Storage& here = storage();
-    const uint32_t shape = feed.below(6);
+    const uint32_t shape = feed.below(9);
     const uint32_t levels = shape % 3;
     const uint32_t version = 1 + shape / 3;
     const stellarium::Bytes content =

@@ -64,6 +64,7 @@ void add_seeds(std::vector<Input>& out) {
     add_seed(out, FoldRecord{.volume = 2, .root = root, .leaves = {0, 5}});
     add_seed(out, ArenaRecord{.id = {1, 2}, .closed = true, .path = "/run/arena"});
     add_seed(out, BootRecord{.root = root.id, .manifest = std::nullopt});
+    add_seed(out, SharingRecord{.id = 9, .shareable = true});
     add_seed(out, BootRecord{.root = root.id,
                              .manifest = Pieces{.top = root, .levels = 1, .bytes = 70'000}});
 }
@@ -73,7 +74,7 @@ void add_seeds(std::vector<Input>& out) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     using namespace stellarium::fuzz;  // NOLINT(google-build-using-namespace)
     Feed feed(data, size);
-    const auto kind = static_cast<uint16_t>(0x0101 + feed.below(13));
+    const auto kind = static_cast<uint16_t>(0x0101 + feed.below(14));
     const stellarium::Bytes payload = feed.rest();
     switch (static_cast<RecordKind>(kind)) {
         case RecordKind::kCreate:
@@ -111,6 +112,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
             break;
         case RecordKind::kArena:
             round_trip<ArenaRecord>(payload);
+            break;
+        case RecordKind::kSharing:
+            round_trip<SharingRecord>(payload);
             break;
         case RecordKind::kBoot:
             round_trip<BootRecord>(payload);
