@@ -196,6 +196,15 @@ void add_image_commands(CLI::App& app, Builder& builder) {
                            "  stellarctl image rename debian debian-12");
     builder.word(verb, "OLD", arguments.name, "the image", "IMAGE");
     builder.word(verb, "NEW", arguments.other_name, "its new name", "");
+    verb = builder.command(image, "set", "Say what may be done with an image", image_set,
+                           "  stellarctl image set debian --shareable yes");
+    builder.word(verb, "NAME", arguments.name, "the image", "IMAGE");
+    verb->add_option("--shareable", arguments.shareable,
+                     "whether programs that use the store through its daemon may map the image "
+                     "into their memory; who does can read whatever else is in the same segments")
+        ->required()
+        ->check(CLI::IsMember({"yes", "no"}))
+        ->type_name("yes|no");
     verb = builder.command(image, "export", "Write an image to a raw file, sparse", image_export,
                            "  stellarctl image export debian debian.raw\n"
                            "  stellarctl image export debian - | zstd > debian.raw.zst");
@@ -535,8 +544,20 @@ void add_store_commands(CLI::App& app, Builder& builder, Invocation& invocation)
                    "only say how far it is and what is known to be damaged")
         ->excludes(restart)
         ->excludes(rate);
-    builder.command(&app, "stats", "Show what the store holds and saves", stats,
-                    "  stellarctl stats\n  stellarctl stats --json | jq .dedup_ratio");
+    CLI::App* const counts = builder.command(
+        &app, "stats", "Show what the store holds and saves", stats,
+        "  stellarctl stats\n"
+        "  stellarctl stats --json | jq .dedup_ratio\n"
+        "  stellarctl stats --sharing --files /srv/files   # what is in memory, and who shares it");
+    CLI::Option* const sharing = counts->add_flag(
+        "--sharing", builder.arguments().sharing,
+        "instead, what of each image, volume and snapshot is in memory, and how much of that is "
+        "shared with others");
+    counts
+        ->add_option("--files", builder.arguments().files,
+                     "with the pages of the files below the directory that the daemon mounts")
+        ->needs(sharing)
+        ->type_name("DIR");
     builder.command(&app, "status", "Show the store's state and who serves it", status,
                     "  stellarctl status");
     CLI::App* const check = builder.command(

@@ -77,6 +77,9 @@ struct Arguments {
     std::optional<std::string> kernel;
     std::optional<std::string> initrd;
     std::optional<std::string> hints;
+    std::string shareable;
+    bool sharing = false;
+    std::string files;
     // Of machines.
     std::string image;
     std::optional<std::string> memory;
@@ -95,6 +98,7 @@ Result<void> image_list(Context& context, const Arguments& arguments);
 Result<void> image_info(Context& context, const Arguments& arguments);
 Result<void> image_remove(Context& context, const Arguments& arguments);
 Result<void> image_rename(Context& context, const Arguments& arguments);
+Result<void> image_set(Context& context, const Arguments& arguments);
 Result<void> image_export(Context& context, const Arguments& arguments);
 Result<void> volume_create(Context& context, const Arguments& arguments);
 Result<void> volume_clone(Context& context, const Arguments& arguments);

@@ -147,6 +147,17 @@ Result<void> image_rename(Context& context, const Arguments& arguments) {
     return {};
 }
 
+Result<void> image_set(Context& context, const Arguments& arguments) {
+    const bool shareable = arguments.shareable == "yes";
+    STELLARIUM_ASSIGN(const Json image,
+                      ask(context, "PUT", image_target(arguments.name) + "/sharing",
+                          Json{{"shareable", shareable}}));
+    print_done(context, image,
+               fmt::format("'{}' {} be mapped by clients of the daemon", arguments.name,
+                           shareable ? "can" : "cannot"));
+    return {};
+}
+
 Result<void> image_export(Context& context, const Arguments& arguments) {
     STELLARIUM_ASSIGN(const Json image, ask(context, "GET", image_target(arguments.name)));
     return export_source(context, arguments, arguments.name, image);

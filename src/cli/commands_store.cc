@@ -7,11 +7,14 @@
 #include <future>
 #include <memory>
 
+#include <fcntl.h>
 #include <fmt/format.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/rate_limits.h"
+#include "base/unique_fd.h"
 #include "base/units.h"
 #include "cli/commands_common.h"
 #include "cli/interrupt.h"
@@ -427,9 +430,92 @@ void add_files(Json& stats, const Json& files) {
     }
 }
 
+/// How much of a file is in the page cache. mincore(2) tells that of files of one's own.
+Result<uint64_t> resident_bytes_of(const std::string& path) {
+    const UniqueFd file(open(path.c_str(), O_RDONLY | O_CLOEXEC));
+    struct stat status{};
+    if (!file || fstat(file.get(), &status) != 0) {
+        return std::unexpected(Error::from_errno(errno, "open " + path));
+    }
+    if (geteuid() != 0 && geteuid() != status.st_uid) {
+        return fail(
+            ErrorCode::kPermissionDenied,
+            fmt::format("{}: only its owner and root can ask what of it is in memory", path));
+    }
+    const auto size = static_cast<size_t>(status.st_size);
+    if (size == 0) {
+        return uint64_t{0};
+    }
+    void* const mapped = mmap(nullptr, size, PROT_READ, MAP_SHARED, file.get(), 0);
+    if (mapped == MAP_FAILED) {
+        return std::unexpected(Error::from_errno(errno, "map " + path));
+    }
+    const auto page_bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    std::vector<unsigned char> in_core((size + page_bytes - 1) / page_bytes);
+    const int error = mincore(mapped, size, in_core.data()) == 0 ? 0 : errno;
+    if (munmap(mapped, size) != 0 || error != 0) {
+        return std::unexpected(Error::from_errno(error != 0 ? error : errno, "mincore " + path));
+    }
+    return page_bytes * static_cast<uint64_t>(std::ranges::count_if(
+                            in_core, [](unsigned char page) { return (page & 1U) != 0; }));
+}
+
+/// Adds to each what of its file below the daemon's mounted directory is in memory. A volume's file
+/// that something else has is left out.
+Result<void> add_resident_files(Json& report, const std::string& directory) {
+    for (Json& each : report["entities"]) {
+        const std::string path =
+            fmt::format("{}/{}s/{}", directory, text_field(each, "kind"), text_field(each, "name"));
+        const auto bytes = resident_bytes_of(path);
+        if (!bytes && bytes.error().code() != ErrorCode::kBusy) {
+            return std::unexpected(bytes.error());
+        }
+        each["file_bytes"] = bytes.value_or(0);
+    }
+    return {};
+}
+
+Result<void> show_sharing(Context& context, const std::string& files) {
+    STELLARIUM_ASSIGN(Json report, ask(context, "GET", "/v1/sharing"));
+    Output& out = context.out();
+    if (!report.contains("entities") || !report["entities"].is_array()) {
+        return fail(ErrorCode::kProtocol, "the answer lists nothing");
+    }
+    if (!files.empty()) {
+        STELLARIUM_TRY(add_resident_files(report, files));
+    }
+    if (out.json()) {
+        out.value(report);
+        return {};
+    }
+    Table table({{"KIND"},
+                 {"NAME"},
+                 {"STORED", Align::kRight},
+                 {"RESIDENT", Align::kRight},
+                 {"SHARED", Align::kRight},
+                 {"PRIVATE", Align::kRight},
+                 {"FILE", Align::kRight}});
+    for (const Json& each : report["entities"]) {
+        table.add({text_field(each, "kind"), text_field(each, "name"),
+                   out.size(number_field(each, "stored_bytes")),
+                   out.size(number_field(each, "resident_bytes")),
+                   out.size(number_field(each, "shared_bytes")),
+                   out.size(number_field(each, "private_bytes")),
+                   files.empty() ? "-" : out.size(number_field(each, "file_bytes"))});
+    }
+    out.table(table);
+    if (!bool_field(report, "complete")) {
+        complain("stellarctl: what is damaged is left out (stellarctl scrub --status)\n");
+    }
+    return {};
+}
+
 }  // namespace
 
-Result<void> stats(Context& context, const Arguments&) {
+Result<void> stats(Context& context, const Arguments& arguments) {
+    if (arguments.sharing) {
+        return show_sharing(context, arguments.files);
+    }
     STELLARIUM_ASSIGN(Json stats, ask(context, "GET", "/v1/stats"));
     if (const Json files = files_of(context); files.is_object()) {
         add_files(stats, files);

@@ -56,6 +56,7 @@ Json to_json(const nova::EntityInfo& info) {
               {"attachment", info.attachment},
               {"dirty_bytes", info.dirty_bytes},
               {"snapshots", info.snapshots},
+              {"shareable", info.shareable},
               {"damage", info.damage}};
     return json;
 }
@@ -214,6 +215,21 @@ Json to_json(const nova::DamageReport& report) {
     }
     return Json{
         {"damaged_chunks", report.chunks}, {"complete", complete}, {"damaged", std::move(damaged)}};
+}
+
+Json to_json(const nova::SharingReport& report) {
+    Json entities = Json::array();
+    for (const nova::Sharing& each : report.entities) {
+        entities.push_back(Json{{"kind", to_string(each.kind)},
+                                {"name", each.name},
+                                {"stored_bytes", each.stored_bytes},
+                                {"resident_bytes", each.resident_bytes},
+                                {"shared_bytes", each.shared_bytes},
+                                {"private_bytes", each.private_bytes}});
+    }
+    return Json{{"resident_bytes", report.resident_bytes},
+                {"complete", report.complete},
+                {"entities", std::move(entities)}};
 }
 
 Json to_json(const std::vector<nova::EntityInfo>& infos) {

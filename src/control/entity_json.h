@@ -38,6 +38,7 @@ Json to_json(const nova::ScrubStats& stats);
 /// At most kMaxDamageUsers users of a chunk, with kMaxDamageRanges ranges each; "complete" says
 /// whether that is all.
 Json to_json(const nova::DamageReport& report);
+Json to_json(const nova::SharingReport& report);
 Json to_json(const std::vector<nova::EntityInfo>& infos);
 
 /// Bytes given to the store by imports and guests for each unique byte it keeps; 0 when it keeps

@@ -303,7 +303,7 @@ struct ControlService::Impl {
         RouteInfo info;
         Result<Response> (Impl::*handler)(Call&);
     };
-    static const std::array<Row, 49> kRows;
+    static const std::array<Row, 51> kRows;
 
     // --- Looking names up -----------------------------------------------------------------------
 
@@ -386,7 +386,9 @@ struct ControlService::Impl {
                                        {"directory", options.directory},
                                        {"daemon", options.host != nullptr},
                                        {"pid", static_cast<uint64_t>(getpid())},
-                                       {"socket", options.socket}});
+                                       {"socket", options.socket},
+                                       {"nbd_socket", options.nbd_socket},
+                                       {"map_socket", options.map_socket}});
     }
 
     Result<Response> get_store(Call&) {
@@ -399,6 +401,12 @@ struct ControlService::Impl {
     }
 
     Result<Response> get_stats(Call&) { return json_response(200, to_json(pool.stats())); }
+
+    Result<Response> get_sharing(Call&) {
+        STELLARIUM_ASSIGN(const nova::SharingReport report,
+                          pool.sharing([this] { return stopping.load(); }));
+        return json_response(200, to_json(report));
+    }
 
     Result<Response> checkpoint(Call&) {
         STELLARIUM_TRY(pool.checkpoint());
@@ -523,6 +531,21 @@ struct ControlService::Impl {
     }
     Result<Response> rename_volume(Call& call) {
         return rename_kind(call, nova::EntityKind::kVolume);
+    }
+
+    Result<Response> set_sharing(Call& call) {
+        STELLARIUM_ASSIGN(const Json body, body_of(call));
+        ObjectReader reader(body, "request body");
+        const std::optional<bool> shareable = reader.optional_bool("shareable");
+        if (!shareable && !reader.has("shareable")) {
+            reader.complain("shareable", "is missing");
+        }
+        STELLARIUM_TRY(reader.finish());
+        const std::scoped_lock lock(names_mutex);
+        STELLARIUM_TRY(find_kind(call.values[0], nova::EntityKind::kImage));
+        STELLARIUM_ASSIGN(const nova::EntityInfo info,
+                          pool.set_shareable(call.values[0], shareable.value_or(false)));
+        return json_response(200, to_json(info));
     }
 
     Result<Response> import_image(Call& call) {
@@ -961,10 +984,11 @@ struct ControlService::Impl {
     }
 };
 
-const std::array<ControlService::Impl::Row, 49> ControlService::Impl::kRows{{
+const std::array<ControlService::Impl::Row, 51> ControlService::Impl::kRows{{
     {{"GET", "/v1/version", "getVersion", 200}, &Impl::get_version},
     {{"GET", "/v1/store", "getStore", 200}, &Impl::get_store},
     {{"GET", "/v1/stats", "getStats", 200}, &Impl::get_stats},
+    {{"GET", "/v1/sharing", "getSharing", 200}, &Impl::get_sharing},
     {{"POST", "/v1/checkpoint", "checkpoint", 204}, &Impl::checkpoint},
     {{"GET", "/v1/gc", "getGc", 200}, &Impl::get_gc},
     {{"POST", "/v1/gc", "collectGarbage", 200}, &Impl::start_gc},
@@ -978,6 +1002,7 @@ const std::array<ControlService::Impl::Row, 49> ControlService::Impl::kRows{{
     {{"PUT", "/v1/images/{name}", "importImage", 201, true, false}, &Impl::import_image},
     {{"DELETE", "/v1/images/{name}", "removeImage", 204}, &Impl::remove_image},
     {{"POST", "/v1/images/{name}/rename", "renameImage", 200}, &Impl::rename_image},
+    {{"PUT", "/v1/images/{name}/sharing", "setSharing", 200}, &Impl::set_sharing},
     {{"GET", "/v1/imports", "listImports", 200}, &Impl::list_imports},
     {{"GET", "/v1/volumes", "listVolumes", 200}, &Impl::list_volumes},
     {{"POST", "/v1/volumes", "createVolume", 201}, &Impl::create_volume},

@@ -52,6 +52,8 @@ struct ServiceOptions {
     std::string version;             ///< Of the program, for GET /v1/version.
     std::string directory;           ///< Of the store.
     std::string socket;              ///< Control socket; "" for none.
+    std::string nbd_socket{};        ///< Where NBD is served; "" for nowhere.
+    std::string map_socket{};        ///< Where images are lent to be mapped; "" for nowhere.
 };
 
 class ControlService final : public RequestHandler {

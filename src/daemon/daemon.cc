@@ -23,6 +23,7 @@
 #include "daemon/handlers.h"
 #include "daemon/http_server.h"
 #include "daemon/limits.h"
+#include "daemon/map_host.h"
 #include "daemon/metrics.h"
 #include "daemon/mount_host.h"
 #include "daemon/nbd_host.h"
@@ -372,6 +373,7 @@ Result<void> serve(const DaemonConfig& config, const std::string& version, nova:
                                    .attached = attached},
                     log);
     }
+    MapHost maps(pool, config.runtime_directory + "/map.sock", config.socket_gid, log);
     VhostHost host(pool,
                    {.runtime_directory = config.runtime_directory,
                     .socket_gid = config.socket_gid,
@@ -385,7 +387,9 @@ Result<void> serve(const DaemonConfig& config, const std::string& version, nova:
                                            .boot = &boot,
                                            .version = version,
                                            .directory = config.store,
-                                           .socket = config.socket});
+                                           .socket = config.socket,
+                                           .nbd_socket = config.nbd_socket,
+                                           .map_socket = maps.socket_path()});
     DaemonHandler handler(service, metrics, log, [&mount] { mount.settle(); });
     MetricsHandler public_handler(metrics);
     HttpServer server({.max_held_bytes = held_bytes_of(config.memory_bytes)});
@@ -395,6 +399,7 @@ Result<void> serve(const DaemonConfig& config, const std::string& version, nova:
     if (nbd) {
         STELLARIUM_TRY(nbd->start());
     }
+    STELLARIUM_TRY(maps.start());
     STELLARIUM_TRY(server.listen_unix(config.socket, {.group = config.socket_gid}, handler));
     if (!config.metrics_listen.empty()) {
         STELLARIUM_ASSIGN(const uint16_t port,
@@ -439,6 +444,7 @@ Result<void> serve(const DaemonConfig& config, const std::string& version, nova:
         }
     }
     set_status("flushing guests' writes");
+    maps.stop();
     if (nbd) {
         nbd->stop();
     }

@@ -11,12 +11,14 @@
 #include "frontend/fuse/limits.h"
 #include "frontend/vhost/limits.h"
 #include "nebula/segment.h"
+#include "share/limits.h"
 
 namespace stellarium::daemon {
 
 uint64_t descriptors_without_attachments(uint64_t data_threads) {
     return kFixedDescriptors + nebula::kMaxOpenSegmentFiles + kMaxConnections + kMaxTcpConnections +
-           data_threads * vhost::kMaxFdsPerMessage + fuse::kDescriptorsOfMount;
+           data_threads * vhost::kMaxFdsPerMessage + fuse::kDescriptorsOfMount +
+           share::kLenderDescriptors;
 }
 
 uint64_t mappings_needed() {

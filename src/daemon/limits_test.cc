@@ -19,6 +19,7 @@
 #include "frontend/vhost/limits.h"
 #include "nebula/segment.h"
 #include "nova/limits.h"
+#include "share/limits.h"
 
 namespace stellarium::daemon {
 namespace {
@@ -98,6 +99,13 @@ std::map<std::string, std::string> limits_of_the_code() {
         {"kListPage", count(nbd::kListPage)},
         {"kHandshakeTimeout", count(static_cast<uint64_t>(nbd::kHandshakeTimeout.count()) / 1000)},
         {"kStallTimeout", count(static_cast<uint64_t>(nbd::kStallTimeout.count()) / 1000)},
+        {"kMaxBorrowers", count(share::kMaxBorrowers)},
+        {"kMaxLeases", count(share::kMaxLeases)},
+        {"kMaxFiles", count(share::kMaxFiles)},
+        {"kMaxLentFiles", count(share::kMaxLentFiles)},
+        {"kMaxGatheredBytes", bytes(share::kMaxGatheredBytes)},
+        {"kMostMappings", count(share::kMostMappings)},
+        {"kLenderDescriptors", count(share::kLenderDescriptors)},
         {"kMaxMappedFooters", count(nebula::kMaxMappedFooters)},
         {"kOtherMappings", count(kOtherMappings)},
     };
