@@ -1,35 +1,14 @@
 # What `cmake --install` puts where, and the Debian package that CPack makes of it.
 #
-#   bin/stellarctl bin/stellariumd      lib/libstellarium.so    include/stellarium/   share/man/
+#   bin/stellarctl bin/stellariumd      lib/libstellarium.so    include/stellarium.h  share/man/
 #   libexec/stellarium/stellarium-mount-holder
 #   share/bash-completion/              lib/systemd/system/     lib/sysusers.d/       share/doc/
 
 # --- The library ---------------------------------------------------------------------------------
-# The engine (store and volumes) for programs that embed it: one shared object made of the same
-# object files as the daemon. Its C++ interface is the components' headers, and it has no stable ABI
-# before 1.0, so the soname carries the minor version.
-set(STELLARIUM_ENGINE base io nebula nova)
-set(engine_complete TRUE)
-foreach(component ${STELLARIUM_ENGINE})
-  if(NOT TARGET stellarium_${component})
-    set(engine_complete FALSE)
-  endif()
-endforeach()
-if(engine_complete)
-  add_library(stellarium SHARED)
-  foreach(component ${STELLARIUM_ENGINE})
-    target_sources(stellarium PRIVATE $<TARGET_OBJECTS:stellarium_${component}>)
-    target_link_libraries(stellarium PRIVATE stellarium_${component})  # For what it links itself.
-  endforeach()
-  target_link_options(stellarium PRIVATE LINKER:--exclude-libs,ALL)
-  set_target_properties(stellarium PROPERTIES
-    VERSION ${PROJECT_VERSION} SOVERSION ${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR})
+# The C interface (src/capi), for programs that embed the engine or use a daemon's store.
+if(TARGET stellarium)
   install(TARGETS stellarium LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
-  foreach(component ${STELLARIUM_ENGINE})
-    install(DIRECTORY ${CMAKE_SOURCE_DIR}/src/${component}
-            DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/stellarium
-            FILES_MATCHING PATTERN "*.h" PATTERN "test_*.h" EXCLUDE PATTERN "testing" EXCLUDE)
-  endforeach()
+  install(FILES ${CMAKE_SOURCE_DIR}/include/stellarium.h DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 endif()
 
 # --- Programs ------------------------------------------------------------------------------------

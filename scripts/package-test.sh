@@ -29,7 +29,7 @@ stellarctl --version
 stellariumd --version
 for file in /usr/share/bash-completion/completions/stellarctl /usr/lib/systemd/system/stellariumd.service \
     /usr/share/man/man1/stellarctl.1* /usr/share/man/man8/stellariumd.8* \
-    /usr/lib/libstellarium.so /usr/include/stellarium/nova/pool.h; do
+    /usr/lib/libstellarium.so /usr/include/stellarium.h; do
     test -s "$file"
 done
 systemd-analyze verify --man=no stellariumd.service

@@ -48,6 +48,7 @@ struct ErrorMapping {
     int virtio_blk_status;    ///< VIRTIO_BLK_S_OK/IOERR/UNSUPP = 0/1/2.
     int http_status;
     int exit_code;
+    int c_abi_value;  ///< Negative; include/stellarium.h.
 };
 
 /// The one table. Never fails: every ErrorCode has a row (checked at compile time in error.cc).
