@@ -42,7 +42,8 @@ Result<vm::Machines> machines_of(Context& context, vm::MachinesOptions options) 
     if (!context.session()->through_daemon()) {
         return fail(
             ErrorCode::kUnavailable,
-            "machines need the daemon, and it must show its files: stellariumd --mount DIR");
+            "machines need a daemon that shows its files: start stellariumd, then stellarctl "
+            "mount DIR");
     }
     STELLARIUM_ASSIGN(const Json version, client->call("GET", "/v1/version"));
     const std::string store = text_field(version, "directory");

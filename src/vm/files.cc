@@ -65,8 +65,8 @@ Result<std::string> find_files(const std::string& store_directory, const std::st
     }
     if (found.empty()) {
         return fail(ErrorCode::kUnavailable,
-                    fmt::format("machines use the store's files, and {} is mounted nowhere: start "
-                                "its daemon with stellariumd --mount DIR",
+                    fmt::format("machines use the store's files, and {} is mounted nowhere: "
+                                "stellarctl mount DIR",
                                 store_directory));
     }
     return found;
