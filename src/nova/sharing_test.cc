@@ -10,6 +10,7 @@
 #include <gtest/gtest.h>
 
 #include "base/test_scale.h"
+#include "nova/limits.h"
 #include "nova/testing/test_store.h"
 
 namespace stellarium::nova {
@@ -96,7 +97,7 @@ class Model {
         }
         return made;
     }
-    size_t below(size_t bound) { return random_() % bound; }
+    uint32_t below(size_t bound) { return static_cast<uint32_t>(random_() % bound); }
 
   private:
     std::mt19937_64 random_;
