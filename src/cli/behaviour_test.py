@@ -1269,13 +1269,15 @@ class BootExtract(TestCase):
                               "boot/vmlinuz-6.1.0-10-amd64": self.KERNEL,
                               "boot/initrd.img-6.1.0-10-amd64": self.INITRD,
                               "boot/vmlinuz-9; quit": b"no", "etc/fstab": b"none"}, offset)
-                before = set(Path(tempfile.gettempdir()).glob("stellarctl-*"))
+                temporary = s.folder / "tmp"
+                temporary.mkdir()
+                s.environment["TMPDIR"] = str(temporary)
                 shown = s.json("boot", "extract", "i")
                 self.assertEqual((shown["kernel"]["image"], shown["initrd"]["image"]),
                                  ("i.vmlinuz", "i.initrd"))
                 self.assertEqual(self.content(s, "i.vmlinuz"), self.KERNEL)
                 self.assertEqual(self.content(s, "i.initrd"), self.INITRD)
-                self.assertEqual(set(Path(tempfile.gettempdir()).glob("stellarctl-*")) - before, set())
+                self.assertEqual(list(temporary.iterdir()), [])
                 self.assert_fails(s.run("boot", "extract", "i"), "already_exists", "image rm i.vmlinuz")
 
     def test_a_partition_for_boot_and_no_initrd(self):
