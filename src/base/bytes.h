@@ -8,6 +8,7 @@
 //     static_assert(sizeof(Header) == 12);
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cstddef>
@@ -80,7 +81,10 @@ inline Bytes bytes_of(std::string_view text) {
 }
 
 inline void append_bytes(std::vector<std::byte>& out, Bytes bytes) {
-    out.insert(out.end(), bytes.begin(), bytes.end());
+    // Not by insert(): at -O3 GCC 12 takes its move of the old content for an overflow.
+    const size_t old_size = out.size();
+    out.resize(old_size + bytes.size());
+    std::copy(bytes.begin(), bytes.end(), out.begin() + static_cast<ptrdiff_t>(old_size));
 }
 
 /// Reads a T from the front of `bytes`; the caller has checked that it is long enough.
