@@ -24,13 +24,13 @@ shellcheck --severity=style "${shell_files[@]}" || failed+=("shellcheck")
 
 # clang-tidy needs the compile commands and nothing built. Test sources are held to the compiler's
 # warnings; GoogleTest's macros make them slow here and noisy.
-if ! output=$(cmake --preset dev 2>&1); then
+if ! output=$(cmake --preset lint 2>&1); then
     printf '%s\n' "$output" >&2
     exit 1
 fi
 tidy_log=$(mktemp)
 trap 'rm -f "$tidy_log"' EXIT
-if ! run-clang-tidy-19 -quiet -p build/dev -j "$jobs" \
+if ! run-clang-tidy-19 -quiet -p build/lint -j "$jobs" \
     "$PWD/src/((?!_test\.cc)[^:])*(?<!_test)\.cc\$" >"$tidy_log" 2>&1; then
     # Per-file progress and the count of suppressed warnings are not findings.
     grep -vE '^(\[ *[0-9]+/[0-9]+\]|[0-9]+ warnings? |Enabled checks|clang-tidy-19 )' "$tidy_log" \
