@@ -1,7 +1,10 @@
 #include "daemon/vhost_host.h"
 
 #include <algorithm>
+#include <charconv>
 #include <future>
+#include <memory>
+#include <tuple>
 #include <utility>
 
 #include <fmt/format.h>
@@ -366,13 +369,12 @@ std::vector<vhost::AttachmentStatus> VhostHost::device_status() const {
 }
 
 std::string VhostHost::source_of(std::string_view device) const {
+    uint64_t id = 0;
+    std::ignore =
+        std::from_chars(std::to_address(device.begin()), std::to_address(device.end()), id);
     const std::scoped_lock lock(mutex_);
-    for (const auto& [id, entry] : entries_) {
-        if (device_name(id) == device) {
-            return entry.source;
-        }
-    }
-    return {};
+    const auto entry = entries_.find(id);
+    return entry != entries_.end() ? entry->second.source : std::string();
 }
 
 }  // namespace stellarium::daemon
