@@ -19,17 +19,66 @@ uint64_t page_offset(uint32_t page) {
     return uint64_t{page} * kPageBytes;
 }
 
-/// First entry at or after `page`.
+/// Entries on either side of where one is guessed to be.
+constexpr size_t kGuessWindow = 4;
+
+/// First entry at or after `page`. Entries lie about evenly over a segment, so where one is can be
+/// told from its page to within a few: each round narrows the range to a window around that place,
+/// or to one side of it. A plain bisection of a full segment touches some ten cache lines that
+/// nobody has read lately; this touches three or four.
 std::span<const Entry>::iterator first_at(std::span<const Entry> entries, uint32_t page) {
-    return std::partition_point(entries.begin(), entries.end(),
+    constexpr int kRounds = 3;
+    size_t begin = 0;
+    size_t end = entries.size();
+    for (int round = 0; round < kRounds && end - begin > 4 * kGuessWindow; ++round) {
+        const uint32_t first = entries[begin].page.get();
+        const uint32_t last = entries[end - 1].page.get();
+        if (page <= first || page > last) {
+            begin = page <= first ? begin : end;
+            end = begin;
+            break;
+        }
+        const size_t guess = begin + uint64_t{page - first} * (end - 1 - begin) / (last - first);
+        const size_t low = guess - std::min(guess - begin, kGuessWindow);
+        const size_t high = std::min(guess + kGuessWindow, end - 1);
+        if (entries[high].page.get() < page) {
+            begin = high + 1;
+        } else if (entries[low].page.get() >= page) {
+            end = low;
+        } else {
+            begin = low + 1;
+            end = high;
+        }
+    }
+    return std::partition_point(entries.begin() + static_cast<ptrdiff_t>(begin),
+                                entries.begin() + static_cast<ptrdiff_t>(end),
                                 [page](const Entry& entry) { return entry.page.get() < page; });
+}
+
+/// Fetches what first_at() will look at first.
+void prefetch_at(std::span<const Entry> entries, uint32_t page) {
+    if (entries.size() <= 4 * kGuessWindow) {
+        return;
+    }
+    const uint32_t first = entries.front().page.get();
+    const uint32_t last = entries.back().page.get();
+    if (page <= first || page > last) {
+        return;
+    }
+    const size_t guess = uint64_t{page - first} * (entries.size() - 1) / (last - first);
+    const auto* const begin = reinterpret_cast<const std::byte*>(
+        entries.data() + (guess - std::min(guess, kGuessWindow)));
+    const auto* const end = reinterpret_cast<const std::byte*>(
+        entries.data() + std::min(guess + kGuessWindow + 1, entries.size()));
+    constexpr ptrdiff_t kLineBytes = 64;
+    for (const std::byte* line = begin; line < end; line += kLineBytes) {
+        __builtin_prefetch(line);
+    }
 }
 
 /// The page-addressable entry that covers `page`, or null.
 const Entry* entry_covering(std::span<const Entry> entries, uint32_t page) {
-    const auto after =
-        std::partition_point(entries.begin(), entries.end(),
-                             [page](const Entry& entry) { return entry.page.get() <= page; });
+    const auto after = first_at(entries, page + 1);
     if (after == entries.begin()) {
         return nullptr;
     }
@@ -747,19 +796,38 @@ Result<void> SegmentSet::with_entries(Segment& segment, Visit&& visit) {
 
 Result<std::optional<LocatedEntry>> SegmentSet::entry_at(Segment& segment, uint32_t page,
                                                          const ChunkId& id) {
+    const Sought sought{.page = page, .id = &id};
     std::optional<LocatedEntry> found;
-    STELLARIUM_TRY(with_entries(segment, [&](std::span<const Entry> entries) {
-        for (auto it = first_at(entries, page); it != entries.end() && it->page.get() == page;
-             ++it) {
-            if (it->id == id && it->entry_kind() != EntryKind::kPack && !segment.is_dead(*it)) {
-                found = {.entry = *it,
-                         .ordinal = static_cast<uint32_t>(it - entries.begin()),
-                         .damaged = segment.is_damaged(*it)};
-                return;
+    STELLARIUM_TRY(entries_at(segment, std::span(&sought, 1), std::span(&found, 1)));
+    return found;
+}
+
+Result<void> SegmentSet::entries_at(Segment& segment, std::span<const Sought> sought,
+                                    std::span<std::optional<LocatedEntry>> found) {
+    assert(sought.size() == found.size());
+    constexpr size_t kAhead = 8;
+    return with_entries(segment, [&](std::span<const Entry> entries) {
+        for (size_t i = 1; i < std::min(kAhead, sought.size()); ++i) {
+            prefetch_at(entries, sought[i].page);
+        }
+        for (size_t i = 0; i < sought.size(); ++i) {
+            if (i + kAhead < sought.size()) {
+                prefetch_at(entries, sought[i + kAhead].page);
+            }
+            const auto [page, id] = sought[i];
+            found[i].reset();
+            for (auto it = first_at(entries, page); it != entries.end() && it->page.get() == page;
+                 ++it) {
+                if (it->id == *id && it->entry_kind() != EntryKind::kPack &&
+                    !segment.is_dead(*it)) {
+                    found[i] = {.entry = *it,
+                                .ordinal = static_cast<uint32_t>(it - entries.begin()),
+                                .damaged = segment.is_damaged(*it)};
+                    break;
+                }
             }
         }
-    }));
-    return found;
+    });
 }
 
 Result<void> SegmentSet::visit_entries(Segment& segment,

@@ -42,7 +42,7 @@
 namespace stellarium::nebula {
 
 /// Open segment files kept for reading; the process has 20,000 descriptors in all.
-inline constexpr size_t kMaxOpenSegmentFiles = 2048;
+inline constexpr size_t kMaxOpenSegmentFiles = 1024;
 /// Footers kept mapped; a process has 65,530 mappings in all.
 inline constexpr size_t kMaxMappedFooters = 16384;
 /// One read for checking covers at most this much, and the chunks that it cuts through.
@@ -219,6 +219,14 @@ class SegmentSet {
     /// The live entry of `id` that starts at `page` (packs themselves excluded); nullopt: none.
     Result<std::optional<LocatedEntry>> entry_at(Segment& segment, uint32_t page,
                                                  const ChunkId& id);
+    struct Sought {
+        uint32_t page = 0;
+        const ChunkId* id = nullptr;
+    };
+    /// The same for several of one segment; `found` has a place for each. Best with ascending
+    /// pages.
+    Result<void> entries_at(Segment& segment, std::span<const Sought> sought,
+                            std::span<std::optional<LocatedEntry>> found);
     /// Calls `visit` for the segment's entries, the dead ones too (none when its file is gone).
     /// They are valid during the call only, which must not call back into this segment.
     Result<void> visit_entries(Segment& segment,

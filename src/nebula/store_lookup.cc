@@ -153,19 +153,39 @@ Result<void> StoreImpl::find_stored(std::span<const ChunkId> ids,
                                     const std::function<void(size_t, const Found&)>& found) {
     std::vector<ChunkIndex::Match> matches;
     std::vector<bool> done(ids.size(), false);
+    std::vector<SegmentSet::Sought> sought;
+    std::vector<std::optional<LocatedEntry>> entries;
     while (true) {
         const uint64_t epoch = condemn_epoch_.load();
         STELLARIUM_TRY(with_index([&]() -> Result<void> {
             matches.clear();
             return index_->find_many(ids, matches);
         }));
-        for (const ChunkIndex::Match& match : matches) {
-            if (!done[match.id_index]) {
-                STELLARIUM_ASSIGN(const auto confirmed,
-                                  confirm(ids[match.id_index], match.address, Want::kAny));
-                if (confirmed && !confirmed->damaged) {
-                    done[match.id_index] = true;
-                    found(match.id_index, *confirmed);
+        // What one segment may have is confirmed together, in the order of its entries.
+        std::ranges::sort(matches, {}, [](const auto& match) { return match.address.value(); });
+        for (auto first = matches.begin(); first != matches.end();) {
+            const uint32_t number = first->address.segment();
+            const auto end = std::find_if(first, matches.end(), [number](const auto& match) {
+                return match.address.segment() != number;
+            });
+            const auto group = std::span(first, end);
+            first = end;
+            Segment* segment = segments_->find(number);
+            if (segment == nullptr) {
+                continue;
+            }
+            sought.clear();
+            sought.reserve(group.size());
+            for (const ChunkIndex::Match& match : group) {
+                sought.push_back({.page = match.address.page(), .id = &ids[match.id_index]});
+            }
+            entries.assign(group.size(), std::nullopt);
+            STELLARIUM_TRY(segments_->entries_at(*segment, sought, entries));
+            for (size_t i = 0; i < group.size(); ++i) {
+                const size_t which = group[i].id_index;
+                if (entries[i] && !entries[i]->damaged && !done[which]) {
+                    done[which] = true;
+                    found(which, {segment, entries[i]->entry, entries[i]->ordinal, false});
                 }
             }
         }
