@@ -59,6 +59,32 @@ TEST(Pool, WritesAreSeenAtOnceAndAfterFlushAndReopen) {
     EXPECT_EQ(export_all(*pool, "a"), shadow);
 }
 
+TEST(Pool, PagesWrittenInNoOrderAreReadTogether) {
+    PoolOptions options = TestPool::small_options();
+    options.dirty_budget_bytes = 16 * kMiB;
+    TestPool pool(1, options);
+    constexpr uint64_t kPages = 1100;  // More runs than are read at once, over three leaves.
+    must(pool->create_volume("a", kPages * kPageBytes));
+    const auto data = random_bytes(kPages * kPageBytes, 9);
+    {
+        const auto device = must(pool->attach("a", {}));
+        for (uint64_t i = 0; i < kPages; ++i) {
+            const uint64_t page = i * 7 % kPages;
+            must(write(*device, page * kPageBytes,
+                       Bytes(data).subspan(page * kPageBytes, kPageBytes)));
+        }
+    }
+    pool.reopen();
+    const auto device = must(pool->attach("a", {.read_only = true}));
+    const auto expected = [&](uint64_t offset, uint64_t length) {
+        const auto begin = data.begin() + static_cast<ptrdiff_t>(offset);
+        return std::vector<std::byte>(begin, begin + static_cast<ptrdiff_t>(length));
+    };
+    EXPECT_EQ(read(*device, 0, data.size()), data);
+    EXPECT_EQ(read(*device, 512, data.size() - 1024), expected(512, data.size() - 1024));
+    EXPECT_EQ(read(*device, 5 * 512, 3 * kPageBytes), expected(5 * 512, 3 * kPageBytes));
+}
+
 TEST(Pool, AcknowledgedWritesSurviveTheProcess) {
     TestPool pool;
     must(pool->create_volume("a", 8 * kMiB));

@@ -15,29 +15,33 @@ const Extent* first_after(const Extents& extents, uint32_t page) {
     return it == extents.end() ? nullptr : &*it;
 }
 
-/// Collects physically consecutive pages and reads them in one call.
+/// Collects runs of physically consecutive pages, each of which is one read. Where that may block,
+/// the device is told of several before the first is waited for: a volume that was written in no
+/// order has a run for each page, and one after another they would take the device's latency each.
 class RunReader {
   public:
     RunReader(nebula::Store& store, IovecCursor& into, IoMode mode)
         : store_(store), into_(into), mode_(mode) {}
 
     /// The next `length_bytes` of the target are zeros.
-    Result<void> zeros(uint64_t length_bytes) {
-        STELLARIUM_TRY(finish());
+    void zeros(uint64_t length_bytes) {
+        end_run();
         into_.fill_zero(length_bytes);
-        return {};
     }
 
     /// The next `length_bytes` of the target are the bytes from `skip_bytes` on of the page at
     /// `address` and the pages after it.
     Result<void> pages(nebula::PageAddress address, uint64_t skip_bytes, uint64_t length_bytes) {
-        const bool continues = !parts_.empty() && skip_bytes == 0 &&
-                               address.value() == next_value_ && address.page() != 0 &&
-                               bytes_ + length_bytes <= kMaxReadRunBytes &&
-                               bytes_ % kPageBytes == 0;
+        const bool continues = in_run_ && skip_bytes == 0 && address.value() == next_value_ &&
+                               address.page() != 0 && bytes_ % kPageBytes == 0 &&
+                               bytes_ + length_bytes <= kMaxReadRunBytes;
         if (!continues) {
-            STELLARIUM_TRY(finish());
-            first_ = address;
+            end_run();
+            if (runs_.size() == kMaxRunsAtOnce) {
+                STELLARIUM_TRY(read());
+            }
+            runs_.push_back({.first = address, .first_part = parts_.size()});
+            in_run_ = true;
             if (skip_bytes != 0) {
                 parts_.push_back(to_iovec(MutableBytes(before_).first(skip_bytes)));
             }
@@ -51,28 +55,55 @@ class RunReader {
     }
 
     /// Reads what was collected.
-    Result<void> finish() {
-        if (parts_.empty()) {
-            return {};
+    Result<void> read() {
+        end_run();
+        if (mode_ != IoMode::kNoWait && runs_.size() > 1) {
+            for (const Run& run : runs_) {
+                store_.prefetch(run.first, run.pages);
+            }
+        }
+        for (const Run& run : runs_) {
+            const auto parts = std::span(parts_).subspan(run.first_part, run.parts);
+            STELLARIUM_TRY(store_.read(run.first, parts, mode_));
+        }
+        runs_.clear();
+        parts_.clear();
+        return {};
+    }
+
+  private:
+    static constexpr size_t kMaxRunsAtOnce = kPagesPerLeaf;
+
+    struct Run {
+        nebula::PageAddress first;
+        size_t first_part = 0;  ///< Of parts_.
+        size_t parts = 0;
+        uint32_t pages = 0;
+    };
+
+    void end_run() {
+        if (!in_run_) {
+            return;
         }
         const uint64_t beyond = bytes_ % kPageBytes;
         if (beyond != 0) {
             parts_.push_back(to_iovec(MutableBytes(after_).first(kPageBytes - beyond)));
         }
-        auto done = store_.read(first_, parts_, mode_);
-        parts_.clear();
-        bytes_ = 0;
-        return done;
+        Run& run = runs_.back();
+        run.parts = parts_.size() - run.first_part;
+        run.pages = static_cast<uint32_t>((bytes_ + kPageBytes - 1) / kPageBytes);
+        in_run_ = false;
     }
 
-  private:
     nebula::Store& store_;
     IovecCursor& into_;
     IoMode mode_;
-    std::vector<iovec> parts_;
-    uint64_t bytes_ = 0;  ///< In parts_.
-    nebula::PageAddress first_;
-    uint64_t next_value_ = 0;  ///< The address after the last page collected.
+    std::vector<Run> runs_;
+    std::vector<iovec> parts_;  ///< Of all runs.
+    // Of the last run, while it can go on.
+    bool in_run_ = false;
+    uint64_t bytes_ = 0;
+    uint64_t next_value_ = 0;  ///< The address after its last page.
     // Where the parts of the first and last page go that were not asked for.
     std::array<std::byte, kPageBytes> before_;
     std::array<std::byte, kPageBytes> after_;
@@ -140,7 +171,7 @@ Result<void> try_read_state(nebula::Store& store, NodeCache& cache, const Volume
                 limit = std::min(limit, leaf_start + extent->end_page() * kPageBytes);
             }
             if (extent == nullptr || extent->hole) {
-                STELLARIUM_TRY(run.zeros(limit - position));
+                run.zeros(limit - position);
             } else {
                 STELLARIUM_ASSIGN(const nebula::PageAddress address,
                                   address_of(store, cache, *extent, page, in_delta, look_up, mode));
@@ -149,7 +180,7 @@ Result<void> try_read_state(nebula::Store& store, NodeCache& cache, const Volume
             position = limit;
         }
     }
-    STELLARIUM_TRY(run.finish());
+    STELLARIUM_TRY(run.read());
     into.fill_zero(end_bytes - position);
     return {};
 }
