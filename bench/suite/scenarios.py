@@ -851,6 +851,7 @@ def boot_guest(bench):
                 guest.wait_for(guests.BEGIN, timeout_s=600)
                 seconds = guest.seconds()
                 guest.run_to_end(timeout_s=600)
+            daemon.api.close()  # The daemon has hung up if the boot took long; a call connects again.
             if record:
                 daemon.api.call("DELETE", f"/v1/boots/{clone}/recording")
             daemon.drop(clone)
