@@ -20,6 +20,7 @@
 #include "cli/interrupt.h"
 #include "cli/process.h"
 #include "cli/progress.h"
+#include "nova/limits.h"
 
 namespace stellarium::cli {
 
@@ -27,7 +28,6 @@ using control::Json;
 
 namespace {
 
-constexpr uint64_t kSectorBytes = 512;
 /// Where kernels lie: in the root file system, and in a partition of their own for /boot.
 constexpr std::string_view kFolders[] = {"/boot", "/"};
 
@@ -143,7 +143,7 @@ Result<std::vector<uint64_t>> file_system_offsets(const std::string& disk) {
     }
     std::istringstream words(table.value_or(std::string()));
     for (uint64_t start = 0; words >> start;) {
-        offsets.push_back(start * kSectorBytes);
+        offsets.push_back(start * nova::kSectorBytes);
     }
     return offsets;
 }

@@ -14,14 +14,13 @@
 
 #include "base/units.h"
 #include "cli/interrupt.h"
+#include "nova/limits.h"
 
 namespace stellarium::cli {
 namespace {
 
 using control::SparseExtent;
 using control::SparseSource;
-
-constexpr uint64_t kSectorBytes = 512;
 
 std::unexpected<Error> system_error(const std::string& what) {
     return std::unexpected(Error::from_errno(errno, what));
@@ -242,8 +241,9 @@ class DeviceTarget final : public ExportTarget {
   private:
     Result<void> make_hole(uint64_t from, uint64_t to) {
         // Whole sectors can be zeroed by the device; the rest is written.
-        const uint64_t first = (from + kSectorBytes - 1) / kSectorBytes * kSectorBytes;
-        const uint64_t last = to / kSectorBytes * kSectorBytes;
+        const uint64_t first =
+            (from + nova::kSectorBytes - 1) / nova::kSectorBytes * nova::kSectorBytes;
+        const uint64_t last = to / nova::kSectorBytes * nova::kSectorBytes;
         if (first < last &&
             fallocate(file_.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                       static_cast<off_t>(first), static_cast<off_t>(last - first)) == 0) {
