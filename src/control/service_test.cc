@@ -685,6 +685,12 @@ TEST_F(OpenApiTest, RealAnswersMatchTheirSchemas) {
     check("GET", "/v1/stats", "/v1/stats", "", 200);
     check("GET", "/v1/images", "/v1/images", "", 200);
     check("GET", "/v1/images/{name}", "/v1/images/i", "", 200);
+    const std::string sharing = "/v1/images/{name}/sharing";
+    check("PUT", sharing, "/v1/images/i/sharing", R"({"shareable":true})", 200);
+    check("PUT", sharing, "/v1/images/i/sharing", R"({"shareable":1})", 400);
+    check("PUT", sharing, "/v1/images/nope/sharing", R"({"shareable":true})", 404);
+    check("GET", "/v1/images/{name}", "/v1/images/i", "", 200);
+    check("GET", "/v1/sharing", "/v1/sharing", "", 200);
     check("GET", "/v1/imports", "/v1/imports", "", 200);
     check("GET", "/v1/volumes", "/v1/volumes", "", 200);
     check("GET", volume, "/v1/volumes/c", "", 200);

@@ -30,7 +30,7 @@ uint64_t memory_besides(uint64_t memory_bytes, uint64_t hash_threads) {
            uint64_t{kMaxConnections + kMaxTcpConnections} * kConnectionBytes +
            uint64_t{kMaxStreams} * (kStreamBytes + import_bytes(hash_threads)) +
            boot::kMaxRecordings * boot::kRecordingBytes + boot::kMergeBytes +
-           boot::kStageReadBytes + fuse::kFileWorkers * fuse::kWorkerBytes;
+           boot::kStageReadBytes + fuse::kFileWorkers * fuse::kWorkerBytes + fuse::kMaxKeptBytes;
 }
 
 uint64_t memory_that_fits(uint64_t wanted_bytes, uint64_t room_bytes) {
