@@ -3,6 +3,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 
@@ -22,6 +23,7 @@ TOOLS = {
     "mkfs.xfs": ["mkfs.xfs", "-V"],
 }
 
+MOST_OF_A_COMMAND = 400  # Characters that the report shows.
 CANNOT = """\
 No figure is of a guest's own speed: the load comes from `stellarium-blkbench`, which shares memory
 and rings with a back-end as a VMM does, without a VM. Load and back-end share the processors. What
@@ -107,15 +109,24 @@ def section(result):
         lines.append(f"| {name} | left out: {why} | |")
     lines.append("")
     if result["commands"]:
-        lines += ["```", *result["commands"], "```", ""]
+        lines += ["```", *shown_commands(result["commands"]), "```", ""]
     return lines
+
+
+def shown_commands(commands):
+    """Of those that differ in numbers only the first, and of long ones the beginning."""
+    first = {re.sub(r"\d+", "0", line): line for line in reversed(commands)}
+    kept = set(first.values())
+    return [line if len(line) <= MOST_OF_A_COMMAND else line[:MOST_OF_A_COMMAND] + " ..."
+            for line in dict.fromkeys(commands) if line in kept]
 
 
 def markdown(run):
     versions = "; ".join(run["versions"].values())
     lines = ["# Benchmarks", "",
              f"Made by `{run['command']}` in {run['seconds']:.0f} s: {run['rounds']} interleaved "
-             f"rounds, medians, and the smallest and the largest figure.", ""]
+             f"rounds, medians, and the smallest and the largest figure. Each scenario names the "
+             f"commit that it was measured with; those of other commits are of earlier runs.", ""]
     if run["smoke"]:
         lines += ["**A smoke run: little data and few rounds, so its figures say little.**", ""]
     lines += [f"Machine: {run['machine']['processors']} × {run['machine']['processor']}, "

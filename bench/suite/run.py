@@ -79,7 +79,7 @@ def measure(arguments, names):
     def general(text):
         for path, word in hidden:
             text = text.replace(str(path), word)
-        return text
+        return re.sub(r"/dev/shm/stellarium-run-\w+(/[0-9a-f]{16})?", "RUNTIME", text)
 
     entries, results = [], []
     try:
