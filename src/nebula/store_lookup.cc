@@ -183,9 +183,10 @@ Result<void> StoreImpl::find_stored(std::span<const ChunkId> ids,
             STELLARIUM_TRY(segments_->entries_at(*segment, sought, entries));
             for (size_t i = 0; i < group.size(); ++i) {
                 const size_t which = group[i].id_index;
-                if (entries[i] && !entries[i]->damaged && !done[which]) {
+                const std::optional<LocatedEntry>& entry = entries[i];
+                if (entry && !entry->damaged && !done[which]) {
                     done[which] = true;
-                    found(which, {segment, entries[i]->entry, entries[i]->ordinal, false});
+                    found(which, {segment, entry->entry, entry->ordinal, false});
                 }
             }
         }

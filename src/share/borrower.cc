@@ -113,8 +113,8 @@ Result<Borrowed> Borrower::borrow(std::string_view source, uint64_t offset_bytes
         socket_.reset();
         return std::unexpected(std::move(answered).error());
     }
-    if (answered->refused) {
-        return std::unexpected(*std::move(answered->refused));
+    if (std::optional<Error>& refused = answered->refused) {
+        return std::unexpected(*std::move(refused));
     }
     auto plan = receive_plan(socket_.get(), answered->head);
     if (!plan) {
@@ -138,8 +138,8 @@ Result<void> Borrower::give_back(uint64_t lease) {
                    ? Result<void>()
                    : std::unexpected(std::move(answered).error());
     }
-    if (answered->refused) {
-        return std::unexpected(*std::move(answered->refused));
+    if (std::optional<Error>& refused = answered->refused) {
+        return std::unexpected(*std::move(refused));
     }
     return {};
 }

@@ -97,8 +97,9 @@ std::vector<bool> choose_direct(const std::vector<nova::LeasedRun>& runs, size_t
         order[i] = i;
     }
     const size_t count = std::min(runs.size(), (max_mappings - 3) / 4);
-    std::ranges::stable_sort(order, std::ranges::greater(),
-                             [&runs](size_t i) { return runs[i].pages; });
+    std::ranges::sort(order, [&runs](size_t a, size_t b) {
+        return runs[a].pages != runs[b].pages ? runs[a].pages > runs[b].pages : a < b;
+    });
     for (size_t i = 0; i < count; ++i) {
         direct[order[i]] = true;
     }
