@@ -18,8 +18,9 @@ from mounted import MIB, Mounted, check, metric, skip_without_fuse, wait_until
 
 SEED = int(os.environ.get("STELLARIUM_TEST_SEED", "1"))
 DISK_BYTES = 512 * MIB
-WRITERS = 40         # The daemon has 16 threads for files,
-WAITING_THREADS = 4  # and gives so many of them to the waiting writes of one.
+WRITERS = 40
+WORKERS = 16         # Threads that the daemon has for files,
+WAITING_THREADS = 4  # and so many of them it gives to the waiting writes of one.
 PIECE = 64 * 1024
 PIECES_OF_WRITER = 24  # Together more than a volume's share of the buffer.
 TIMEOUT_S = 300
@@ -82,11 +83,18 @@ def scenario(engine):
     try:
         for writer in writers:
             writer.start()
-        # Few have a thread to wait with; all the others are kept.
-        wait_until(lambda: metric(engine, "stellarium_files_kept") == WRITERS - WAITING_THREADS,
-                   "all writers wait")
-        waiting = sum(writer.is_alive() for writer in writers)
-        check(waiting == WRITERS, f"{waiting} writers are left")
+        # The first ones find room for all of theirs. Of the others few have a thread to wait with,
+        # and the rest is kept.
+        looked_at = []
+
+        def all_wait():
+            left = sum(writer.is_alive() for writer in writers)
+            looked_at.append((left, sum(writer.done for writer in writers)))
+            return (looked_at[-50:].count(looked_at[-1]) == 50  # A second without any progress.
+                    and metric(engine, "stellarium_files_kept") == left - WAITING_THREADS)
+        wait_until(all_wait, "all writers that are left wait")
+        waiting = looked_at[-1][0]
+        check(waiting > WORKERS, f"only {waiting} writers are left")
         # Were all threads waiting for the disk, this would hang until it is back.
         finished = threading.Event()
         failed = []
