@@ -43,12 +43,12 @@ format: ## Rewrite the C++ sources as clang-format wants them
 
 asan: ## Build and test under AddressSanitizer and UndefinedBehaviorSanitizer; SKIP=LABELS leaves some out
 	@scripts/install-deps.sh build test
-	@scripts/build.sh asan
+	@SKIP_LABELS='$(SKIP)' scripts/build.sh asan
 	@scripts/run-tests.sh asan --label-exclude 'system|style$(if $(SKIP),|$(SKIP))'
 
 tsan: ## Build and test under ThreadSanitizer; SKIP=LABELS leaves some out
 	@scripts/install-deps.sh build test
-	@scripts/build.sh tsan
+	@SKIP_LABELS='$(SKIP)' scripts/build.sh tsan
 	@scripts/run-tests.sh tsan --label-exclude 'system|style$(if $(SKIP),|$(SKIP))'
 
 fuzz: ## Build the fuzz targets and run each for FUZZ_SECONDS (default 60)
