@@ -10,8 +10,11 @@ add_library(stellarium_options INTERFACE)
 target_compile_options(stellarium_options INTERFACE
   $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wnon-virtual-dtor
     -Wold-style-cast -Wcast-align -Woverloaded-virtual>
-  # Warnings are GCC's business; clang, which only builds the fuzz targets, has others.
-  $<$<COMPILE_LANG_AND_ID:CXX,GNU>:-Werror> $<$<COMPILE_LANG_AND_ID:CXX,Clang>:-w>)
+  # Warnings are GCC's business; clang, which only builds the fuzz targets, has others. A build to
+  # use stops at none: at -O3, GCC 12 takes appending to an empty vector for an overflow.
+  $<$<AND:$<COMPILE_LANG_AND_ID:CXX,GNU>,$<NOT:$<CONFIG:Release>>>:-Werror>
+  $<$<AND:$<COMPILE_LANG_AND_ID:CXX,GNU>,$<CONFIG:Release>>:-Wno-stringop-overflow>
+  $<$<COMPILE_LANG_AND_ID:CXX,Clang>:-w>)
 target_compile_definitions(stellarium_options INTERFACE _FILE_OFFSET_BITS=64 _GNU_SOURCE)
 target_include_directories(stellarium_options INTERFACE ${CMAKE_SOURCE_DIR}/src)
 if(CMAKE_UNITY_BUILD)
