@@ -28,14 +28,15 @@ if ! output=$(cmake --preset lint 2>&1); then
     printf '%s\n' "$output" >&2
     exit 1
 fi
-checks=()
+options=()
 if [[ ${CI:-} == true ]]; then
-    # The path-sensitive analyzer takes as long as all other checks together.
-    checks=(-checks='-clang-analyzer-*')
+    # The path-sensitive analyzer takes as long as all other checks together. Without it clang-tidy
+    # heeds the compile commands' -Werror for clang's own warnings, which are not asked for.
+    options=(-checks='-clang-analyzer-*' -extra-arg=-w)
 fi
 tidy_log=$(mktemp)
 trap 'rm -f "$tidy_log"' EXIT
-if ! run-clang-tidy-19 -quiet -p build/lint -j "$jobs" "${checks[@]}" \
+if ! run-clang-tidy-19 -quiet -p build/lint -j "$jobs" "${options[@]}" \
     "$PWD/src/((?!_test\.cc)[^:])*(?<!_test)\.cc\$" >"$tidy_log" 2>&1; then
     # Per-file progress and the count of suppressed warnings are not findings.
     grep -vE '^(\[ *[0-9]+/[0-9]+\]|[0-9]+ warnings? |Enabled checks|clang-tidy-19 )' "$tidy_log" \
