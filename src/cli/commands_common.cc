@@ -53,30 +53,7 @@ namespace {
 /// How often a command looks at what it waits for.
 constexpr std::chrono::milliseconds kWatchEvery{100};
 
-const Json* field(const Json& json, std::string_view key) {
-    if (!json.is_object()) {
-        return nullptr;
-    }
-    const auto found = json.find(std::string(key));
-    return found == json.end() ? nullptr : &*found;
-}
-
 }  // namespace
-
-std::string text_field(const Json& json, std::string_view key) {
-    const Json* const value = field(json, key);
-    return value != nullptr && value->is_string() ? value->get<std::string>() : std::string();
-}
-
-uint64_t number_field(const Json& json, std::string_view key) {
-    const Json* const value = field(json, key);
-    return value != nullptr && value->is_number_unsigned() ? value->get<uint64_t>() : 0;
-}
-
-bool bool_field(const Json& json, std::string_view key) {
-    const Json* const value = field(json, key);
-    return value != nullptr && value->is_boolean() && value->get<bool>();
-}
 
 std::string plural(uint64_t count, std::string_view what) {
     const std::string_view ending = count == 1 ? "" : what.ends_with("ch") ? "es" : "s";
@@ -136,7 +113,7 @@ void print_entity(Context& context, const Json& entity) {
     const std::string parent = text_field(entity, "parent");
     row("parent",
         bool_field(entity, "parent_removed") && !parent.empty() ? parent + " (removed)" : parent);
-    if (const Json* const lineage = field(entity, "lineage");
+    if (const Json* const lineage = control::find_field(entity, "lineage");
         lineage != nullptr && lineage->is_array() && lineage->size() > 1) {
         std::string chain;
         for (const Json& ancestor : *lineage) {

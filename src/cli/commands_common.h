@@ -31,10 +31,9 @@ std::string target_of(std::string_view prefix, std::string_view name);
 /// Where machines of the store are kept while they run (vm/records.h).
 std::string vm_directory(const std::string& store);
 
-/// Fields of an answer; "" or 0 when the other side left them out.
-std::string text_field(const control::Json& json, std::string_view key);
-uint64_t number_field(const control::Json& json, std::string_view key);
-bool bool_field(const control::Json& json, std::string_view key);
+using control::bool_field;
+using control::number_field;
+using control::text_field;
 
 /// "1 range", "2 ranges", "3 batches".
 std::string plural(uint64_t count, std::string_view what);

@@ -319,14 +319,6 @@ Result<void> check_image_info(std::string_view info_json, const std::string& pat
     if (!info.is_object()) {
         return fail(ErrorCode::kProtocol, "qemu-img's answer is not understood");
     }
-    const auto text_at = [](const Json& object, const char* key) -> std::string {
-        if (!object.is_object()) {
-            return {};
-        }
-        const auto found = object.find(key);
-        return found != object.end() && found->is_string() ? found->get<std::string>()
-                                                           : std::string();
-    };
     if (const auto encrypted = info.find("encrypted");
         encrypted != info.end() && encrypted->is_boolean() && encrypted->get<bool>()) {
         return fail(ErrorCode::kUnsupported,
@@ -335,7 +327,8 @@ Result<void> check_image_info(std::string_view info_json, const std::string& pat
     if (allow_backing) {
         return {};
     }
-    if (const std::string backing = text_at(info, "backing-filename"); !backing.empty()) {
+    if (const std::string backing = control::text_field(info, "backing-filename");
+        !backing.empty()) {
         return refuse_reference(path, "backing file", backing);
     }
     const auto specific = info.find("format-specific");
@@ -343,12 +336,12 @@ Result<void> check_image_info(std::string_view info_json, const std::string& pat
         return {};
     }
     const Json& data = specific->at("data");
-    if (const std::string file = text_at(data, "data-file"); !file.empty()) {
+    if (const std::string file = control::text_field(data, "data-file"); !file.empty()) {
         return refuse_reference(path, "data file", file);
     }
     if (data.is_object() && data.contains("extents") && data.at("extents").is_array()) {
         for (const Json& extent : data.at("extents")) {
-            const std::string file = text_at(extent, "filename");
+            const std::string file = control::text_field(extent, "filename");
             if (!file.empty() && !same_file(file, path)) {
                 return refuse_reference(path, "extent", file);
             }

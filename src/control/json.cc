@@ -278,6 +278,29 @@ Result<void> ObjectReader::finish() {
                 fmt::format("the {} is wrong: {}", what_, fmt::join(all, "; ")));
 }
 
+const Json* find_field(const Json& json, std::string_view key) {
+    if (!json.is_object()) {
+        return nullptr;
+    }
+    const auto found = json.find(std::string(key));
+    return found == json.end() ? nullptr : &*found;
+}
+
+std::string text_field(const Json& json, std::string_view key) {
+    const Json* const value = find_field(json, key);
+    return value != nullptr && value->is_string() ? value->get<std::string>() : std::string();
+}
+
+uint64_t number_field(const Json& json, std::string_view key) {
+    const Json* const value = find_field(json, key);
+    return value != nullptr && value->is_number_unsigned() ? value->get<uint64_t>() : 0;
+}
+
+bool bool_field(const Json& json, std::string_view key) {
+    const Json* const value = find_field(json, key);
+    return value != nullptr && value->is_boolean() && value->get<bool>();
+}
+
 Json error_to_json(const Error& error) {
     const ErrorMapping& mapping = error_mapping(error.code());
     return Json{{"code", mapping.name}, {"message", error.message()}, {"advice", mapping.advice}};

@@ -87,6 +87,13 @@ class ObjectReader {
     std::vector<std::string> complaints_;
 };
 
+/// A field of an object; nullptr where it is not there, or this is no object.
+const Json* find_field(const Json& json, std::string_view key);
+/// Fields of an answer; "", 0 or false where the other side left them out or sent something else.
+std::string text_field(const Json& json, std::string_view key);
+uint64_t number_field(const Json& json, std::string_view key);
+bool bool_field(const Json& json, std::string_view key);
+
 /// The wire form of an error: {"code", "message", "advice"}.
 Json error_to_json(const Error& error);
 /// The inverse. Anything that is not such an object becomes kProtocol, with the HTTP status named.

@@ -16,6 +16,7 @@ namespace stellarium::vm {
 namespace {
 
 using control::percent_encode;
+using control::text_field;
 
 /// A volume stays attached for a moment after its last file was closed.
 constexpr std::chrono::seconds kBaseTimeout{2};
@@ -25,25 +26,12 @@ constexpr const char* kDefaultAppend = "root=/dev/vda rw console=ttyS0";
 constexpr std::chrono::seconds kCancelTimeout{60};
 constexpr std::chrono::seconds kQuitTimeout{10};
 
-std::string text_at(const Json& json, const char* key) {
-    const auto found = json.find(key);
-    return found != json.end() && found->is_string() ? found->get<std::string>() : std::string();
-}
-
-std::string volume_target_of(const std::string& volume) {
-    return "/v1/volumes/" + percent_encode(volume);
-}
-
-std::string snapshot_target_of(const std::string& volume, const std::string& snapshot) {
-    return volume_target_of(volume) + "/snapshots/" + percent_encode(snapshot);
-}
-
 /// Tells QEMU to give a migration up, and waits until it has.
 Result<void> end_migration(Qmp& qmp) {
     const auto deadline = std::chrono::steady_clock::now() + kCancelTimeout;
     while (true) {
         STELLARIUM_ASSIGN(const Json migration, qmp.execute("query-migrate"));
-        const std::string status = text_at(migration, "status");
+        const std::string status = text_field(migration, "status");
         if (status.empty() || status == "none" || status == "completed" || status == "failed" ||
             status == "cancelled") {
             return {};
@@ -73,6 +61,14 @@ std::string base_volume(const std::string& machine, const std::string& snapshot)
 
 Machines::Machines(control::ControlClient& client, MachinesOptions options)
     : client_(client), options_(std::move(options)) {}
+
+std::string volume_target(const std::string& volume) {
+    return "/v1/volumes/" + percent_encode(volume);
+}
+
+std::string snapshot_target(const std::string& volume, const std::string& snapshot) {
+    return volume_target(volume) + "/snapshots/" + percent_encode(snapshot);
+}
 
 Result<Json> Machines::get(const std::string& target) {
     return client_.call("GET", target);
@@ -121,7 +117,7 @@ Result<void> Machines::recover(Open& machine) {
         }
     }
     STELLARIUM_ASSIGN(const bool complete,
-                      exists(snapshot_target_of(state_volume(record.name), record.pending)));
+                      exists(snapshot_target(state_volume(record.name), record.pending)));
     if (!complete) {
         STELLARIUM_TRY(drop_partial(record.name, record.pending));
         options_.notice(fmt::format(
@@ -136,7 +132,7 @@ Result<void> Machines::recover(Open& machine) {
 
 Result<void> Machines::drop_partial(const std::string& name, const std::string& snapshot) {
     for (const std::string& volume : {state_volume(name), ram_volume(name), disk_volume(name)}) {
-        const Result<Json> removed = client_.call("DELETE", snapshot_target_of(volume, snapshot));
+        const Result<Json> removed = client_.call("DELETE", snapshot_target(volume, snapshot));
         if (!removed && removed.error().code() != ErrorCode::kNotFound) {
             return std::unexpected(removed.error());
         }
@@ -149,7 +145,7 @@ Result<void> Machines::drop_volumes(const std::vector<std::string>& names,
                                     std::chrono::milliseconds timeout) {
     std::vector<std::string> present;
     for (const std::string& name : names) {
-        STELLARIUM_ASSIGN(const bool is_there, exists(volume_target_of(name)));
+        STELLARIUM_ASSIGN(const bool is_there, exists(volume_target(name)));
         if (is_there) {
             present.push_back(name);
         }
@@ -238,12 +234,12 @@ Result<MachineConfig> Machines::make_config(const RunRequest& request, MachineCo
         const Result<Json> boot = get("/v1/boots/" + percent_encode(request.image));
         if (boot && boot->is_object()) {
             const auto file_of = [&](const char* key) {
-                const std::string image = text_at(boot->value(key, Json::object()), "image");
+                const std::string image = text_field(boot->value(key, Json::object()), "image");
                 return image.empty() ? image : options_.files + "/images/" + image;
             };
             config.kernel = file_of("kernel");
             config.initrd = config.kernel.empty() ? "" : file_of("initrd");
-            config.append = config.kernel.empty() ? "" : text_at(*boot, "hints");
+            config.append = config.kernel.empty() ? "" : text_field(*boot, "hints");
         }
     }
     if (request.kernel) {
@@ -269,7 +265,7 @@ Result<MachineConfig> Machines::make_config(const RunRequest& request, MachineCo
 Result<bool> Machines::prepare_disk(const std::string& name, const std::string& image) {
     const std::string disk = disk_volume(name);
     if (image.empty()) {
-        STELLARIUM_ASSIGN(const bool has_disk, exists(volume_target_of(disk)));
+        STELLARIUM_ASSIGN(const bool has_disk, exists(volume_target(disk)));
         if (!has_disk) {
             return fail(ErrorCode::kNotFound,
                         fmt::format("machine '{}' has no disk yet: say --image", name));
@@ -367,7 +363,7 @@ Result<void> Machines::remove(const std::string& name, bool force) {
             return std::unexpected(machine.error());
         }
         // Its host went down since: what is left of it is in the store.
-        STELLARIUM_ASSIGN(const bool has_state, exists(volume_target_of(state_volume(name))));
+        STELLARIUM_ASSIGN(const bool has_state, exists(volume_target(state_volume(name))));
         if (!has_state) {
             return std::unexpected(machine.error());
         }
@@ -395,8 +391,7 @@ Result<void> Machines::remove_snapshot(const std::string& name, const std::strin
     if (!machine && machine.error().code() != ErrorCode::kNotFound) {
         return std::unexpected(machine.error());
     }
-    STELLARIUM_ASSIGN(const bool is_there,
-                      exists(snapshot_target_of(state_volume(name), snapshot)));
+    STELLARIUM_ASSIGN(const bool is_there, exists(snapshot_target(state_volume(name), snapshot)));
     if (!is_there) {
         return fail(ErrorCode::kNotFound,
                     fmt::format("machine '{}' has no snapshot '{}'", name, snapshot));
@@ -440,11 +435,11 @@ Result<MachineList> Machines::list() {
     }
     std::map<std::string, uint64_t> memory_bytes;
     for (const Json& snapshot : snapshots) {
-        memory_bytes[text_at(snapshot, "name")] = snapshot.value("size_bytes", uint64_t{0});
+        memory_bytes[text_field(snapshot, "name")] = snapshot.value("size_bytes", uint64_t{0});
     }
     constexpr std::string_view kStateSuffix = "-state";
     for (const Json& snapshot : snapshots) {
-        const std::string name = text_at(snapshot, "name");
+        const std::string name = text_field(snapshot, "name");
         const size_t at = name.find('@');
         const std::string volume = name.substr(0, at);
         if (at == std::string::npos || !volume.ends_with(kStateSuffix)) {
@@ -455,7 +450,7 @@ Result<MachineList> Machines::list() {
         const auto ram = memory_bytes.find(ram_volume(machine) + tail);
         if (ram != memory_bytes.end() && memory_bytes.contains(disk_volume(machine) + tail)) {
             list.snapshots.push_back({.name = machine + tail,
-                                      .created = text_at(snapshot, "created"),
+                                      .created = text_field(snapshot, "created"),
                                       .memory_bytes = ram->second});
         }
     }

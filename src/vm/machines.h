@@ -103,6 +103,10 @@ std::string ram_volume(const std::string& machine);
 std::string state_volume(const std::string& machine);
 std::string base_volume(const std::string& machine, const std::string& snapshot);
 
+/// Where the control interface has them.
+std::string volume_target(const std::string& volume);
+std::string snapshot_target(const std::string& volume, const std::string& snapshot);
+
 class Machines {
   public:
     Machines(control::ControlClient& client, MachinesOptions options);
@@ -146,6 +150,7 @@ class Machines {
     /// True when the RAM's volume is empty.
     Result<bool> prepare_snapshot(const Open& machine, const std::string& snapshot);
     Result<SnapshotFigures> take(Open& machine, Qmp& qmp, const std::string& snapshot, bool empty);
+    Result<Json> snapshot_volume(const std::string& volume, const std::string& snapshot);
     Result<void> save_state(const std::string& name, const std::string& snapshot, Bytes saved);
 
     Result<SavedState> load_state(const std::string& name, const std::string& snapshot);

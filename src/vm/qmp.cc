@@ -13,16 +13,12 @@ namespace stellarium::vm {
 namespace {
 
 namespace asio = boost::asio;
+using control::text_field;
 using Clock = std::chrono::steady_clock;
 using QmpError = boost::system::error_code;
 
 /// An answer of QEMU; query-qmp-schema, which is not asked for, is the longest with 300 KiB.
 constexpr size_t kMaxLineBytes = size_t{4} << 20;
-
-std::string text_of(const Json& json, const char* key) {
-    const auto found = json.find(key);
-    return found != json.end() && found->is_string() ? found->get<std::string>() : std::string();
-}
 
 }  // namespace
 
@@ -102,9 +98,10 @@ struct Qmp::Impl {
                 continue;  // Of a command that was given up.
             }
             if (const auto error = message->find("error"); error != message->end()) {
-                const bool unknown = text_of(*error, "class") == "CommandNotFound";
-                return fail(unknown ? ErrorCode::kUnsupported : ErrorCode::kIo,
-                            fmt::format("QEMU refuses '{}': {}", command, text_of(*error, "desc")));
+                const bool unknown = text_field(*error, "class") == "CommandNotFound";
+                return fail(
+                    unknown ? ErrorCode::kUnsupported : ErrorCode::kIo,
+                    fmt::format("QEMU refuses '{}': {}", command, text_field(*error, "desc")));
             }
             return message->value("return", Json::object());
         }
@@ -168,7 +165,7 @@ Result<std::optional<Json>> Qmp::next_event(std::chrono::milliseconds timeout) {
 
 Result<std::string> run_state(Qmp& qmp) {
     STELLARIUM_ASSIGN(const Json status, qmp.execute("query-status"));
-    std::string state = text_of(status, "status");
+    std::string state = text_field(status, "status");
     if (state.empty()) {
         return fail(ErrorCode::kProtocol, "QEMU does not say whether it runs");
     }

@@ -11,6 +11,8 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
+#include "vm/files.h"
+
 namespace stellarium::vm {
 namespace {
 
@@ -86,19 +88,7 @@ Result<void> RamWriter::enter(uint64_t block) {
     }
     const uint64_t start = block * kRamBlockBytes;
     const uint64_t length = std::min(kRamBlockBytes, size_bytes_ - start);
-    uint64_t done = 0;
-    while (done < length) {
-        const ssize_t got =
-            pread(fd_, buffer_.get() + done, length - done, static_cast<off_t>(start + done));
-        if (got < 0 && errno == EINTR) {
-            continue;
-        }
-        if (got <= 0) {
-            return std::unexpected(Error::from_errno(
-                got < 0 ? errno : EIO, fmt::format("read {} at {}", path_, start + done)));
-        }
-        done += static_cast<uint64_t>(got);
-    }
+    STELLARIUM_TRY(read_at(fd_, path_, start, {buffer_.get(), length}));
     block_ = block;
     return {};
 }
@@ -137,19 +127,7 @@ Result<void> RamWriter::write_run(uint64_t first, uint64_t pages, Change change)
         return {};
     }
     holds_data_[block_] = true;
-    uint64_t done = 0;
-    while (done < length) {
-        const ssize_t put = pwrite(fd_, buffer_.get() + first * kGuestPageBytes + done,
-                                   length - done, static_cast<off_t>(start + done));
-        if (put < 0 && errno == EINTR) {
-            continue;
-        }
-        if (put <= 0) {
-            return std::unexpected(Error::from_errno(
-                put < 0 ? errno : ENOSPC, fmt::format("write {} at {}", path_, start + done)));
-        }
-        done += static_cast<uint64_t>(put);
-    }
+    STELLARIUM_TRY(write_at(fd_, path_, start, {buffer_.get() + first * kGuestPageBytes, length}));
     figures_.changed_bytes += length;
     return {};
 }

@@ -25,26 +25,13 @@
 namespace stellarium::vm {
 namespace {
 
+using control::number_field;
+using control::text_field;
 using Clock = std::chrono::steady_clock;
 
 constexpr std::chrono::seconds kLoadTimeout{120};
 constexpr std::chrono::milliseconds kLoadPoll{2};
 constexpr std::chrono::seconds kClonesTimeout{120};
-
-uint64_t id_of(const Json& info) {
-    const auto found = info.find("id");
-    return found != info.end() && found->is_number_unsigned() ? found->get<uint64_t>() : 0;
-}
-
-std::string field_text(const Json& json, const char* key) {
-    const auto found = json.find(key);
-    return found != json.end() && found->is_string() ? found->get<std::string>() : std::string();
-}
-
-std::string snapshot_target(const std::string& volume, const std::string& snapshot) {
-    return fmt::format("/v1/volumes/{}/snapshots/{}", control::percent_encode(volume),
-                       control::percent_encode(snapshot));
-}
 
 /// A memory file with these bytes.
 Result<UniqueFd> memory_file(Bytes bytes) {
@@ -196,7 +183,7 @@ Result<SavedState> Machines::load_state(const std::string& name, const std::stri
     for (const auto& [part, id] :
          {std::pair(disk_volume(name), state.disk_id), std::pair(ram_volume(name), state.ram_id)}) {
         STELLARIUM_ASSIGN(const Json found, get(snapshot_target(part, snapshot)));
-        if (id_of(found) != id) {
+        if (number_field(found, "id") != id) {
             return fail(ErrorCode::kCorrupt,
                         fmt::format("snapshot '{}@{}' is another one than the state of '{}@{}' "
                                     "belongs to",
@@ -328,7 +315,7 @@ Error Machines::explain_damage(const Error& error, const std::string& what, uint
     }
     for (const Json& chunk : damage->value("damaged", Json::array())) {
         for (const Json& user : chunk.value("users", Json::array())) {
-            if (field_text(user, "name") != what) {
+            if (text_field(user, "name") != what) {
                 continue;
             }
             for (const Json& range : user.value("ranges", Json::array())) {
@@ -339,9 +326,9 @@ Error Machines::explain_damage(const Error& error, const std::string& what, uint
                         ErrorCode::kCorrupt,
                         fmt::format("{} cannot be restored: chunk {} at {} of it is damaged "
                                     "({} at {}: {}); see stellarctl scrub --status",
-                                    what, field_text(chunk, "id"), start, field_text(chunk, "file"),
+                                    what, text_field(chunk, "id"), start, text_field(chunk, "file"),
                                     chunk.value("offset_bytes", uint64_t{0}),
-                                    field_text(chunk, "reason"))};
+                                    text_field(chunk, "reason"))};
                 }
             }
         }

@@ -33,6 +33,8 @@
 namespace stellarium::vm {
 namespace {
 
+using control::number_field;
+using control::text_field;
 using Clock = std::chrono::steady_clock;
 
 constexpr std::chrono::seconds kAcceptTimeout{60};
@@ -50,16 +52,6 @@ constexpr size_t kMaxQueuedBytes = size_t{64} << 20;
 constexpr size_t kPieceBytes = size_t{1} << 20;
 constexpr uint64_t kStateUnitBytes = uint64_t{1} << 20;
 
-std::string string_in(const Json& json, const char* key) {
-    const auto found = json.find(key);
-    return found != json.end() && found->is_string() ? found->get<std::string>() : std::string();
-}
-
-uint64_t number_in(const Json& json, const char* key) {
-    const auto found = json.find(key);
-    return found != json.end() && found->is_number_unsigned() ? found->get<uint64_t>() : 0;
-}
-
 double ms_between(Clock::time_point from, Clock::time_point to) {
     return std::chrono::duration<double, std::milli>(to - from).count();
 }
@@ -67,8 +59,8 @@ double ms_between(Clock::time_point from, Clock::time_point to) {
 /// When QEMU says that an event was, in milliseconds.
 double event_ms(const Json& event) {
     const Json time = event.value("timestamp", Json::object());
-    return static_cast<double>(number_in(time, "seconds")) * 1e3 +
-           static_cast<double>(number_in(time, "microseconds")) / 1e3;
+    return static_cast<double>(number_field(time, "seconds")) * 1e3 +
+           static_cast<double>(number_field(time, "microseconds")) / 1e3;
 }
 
 class MigrationListener {
@@ -268,7 +260,7 @@ class MigrationWatch {
 
     /// Notes what comes after the end.
     void note(const Json& event) {
-        if (string_in(event, "event") == "RESUME") {
+        if (text_field(event, "event") == "RESUME") {
             resumed_ms_ = event_ms(event);
         }
     }
@@ -280,7 +272,7 @@ class MigrationWatch {
 
   private:
     Result<bool> take(const Json& event) {
-        const std::string name = string_in(event, "event");
+        const std::string name = text_field(event, "event");
         if (name == "STOP" && stopped_ms_ == 0) {
             stopped_ms_ = event_ms(event);
         }
@@ -290,13 +282,13 @@ class MigrationWatch {
         if (name != "MIGRATION") {
             return false;
         }
-        const std::string status = string_in(event.value("data", Json::object()), "status");
+        const std::string status = text_field(event.value("data", Json::object()), "status");
         if (status == "failed" || status == "cancelled") {
             STELLARIUM_TRY(receiver_.outcome());
             const Result<Json> said = qmp_.execute("query-migrate");
             return fail(ErrorCode::kIo,
                         fmt::format("QEMU does not give its state: {}",
-                                    said ? string_in(*said, "error-desc") : status));
+                                    said ? text_field(*said, "error-desc") : status));
         }
         return status == "completed";
     }
@@ -305,10 +297,10 @@ class MigrationWatch {
     Result<void> look() {
         STELLARIUM_ASSIGN(const Json migration, qmp_.execute("query-migrate"));
         const Json ram = migration.value("ram", Json::object());
-        rounds_ = std::max(rounds_, number_in(ram, "dirty-sync-count"));
-        options_.progress(number_in(ram, "total") -
-                              std::min(number_in(ram, "total"), number_in(ram, "remaining")),
-                          number_in(ram, "total"));
+        rounds_ = std::max(rounds_, number_field(ram, "dirty-sync-count"));
+        options_.progress(number_field(ram, "total") -
+                              std::min(number_field(ram, "total"), number_field(ram, "remaining")),
+                          number_field(ram, "total"));
         if (rounds_ > kMaxRounds && !stopped_by_us_) {
             stopped_by_us_ = true;
             return without_answer(qmp_.execute("stop"));
@@ -369,18 +361,16 @@ Result<bool> Machines::prepare_snapshot(const Open& machine, const std::string& 
     const MachineRecord& record = machine.record;
     const std::string ram = ram_volume(record.name);
     for (const std::string& volume : {state_volume(record.name), ram, disk_volume(record.name)}) {
-        STELLARIUM_ASSIGN(const bool taken, exists(fmt::format("/v1/volumes/{}/snapshots/{}",
-                                                               control::percent_encode(volume),
-                                                               control::percent_encode(snapshot))));
+        STELLARIUM_ASSIGN(const bool taken, exists(snapshot_target(volume, snapshot)));
         if (taken) {
             return fail(ErrorCode::kAlreadyExists,
                         fmt::format("there is a snapshot '{}@{}' already", volume, snapshot));
         }
     }
-    const std::string target = "/v1/volumes/" + control::percent_encode(ram);
+    const std::string target = volume_target(ram);
     const Result<Json> present = get(target);
     if (present) {
-        if (number_in(*present, "size_bytes") != record.config.memory_bytes) {
+        if (number_field(*present, "size_bytes") != record.config.memory_bytes) {
             STELLARIUM_TRY(
                 client_.call("POST", target + "/resize",
                              Json{{"size_bytes", record.config.memory_bytes}, {"shrink", true}}));
@@ -447,12 +437,7 @@ Result<SnapshotFigures> Machines::take(Open& machine, Qmp& qmp, const std::strin
     STELLARIUM_TRY(watch.wait());
 
     // The guest stands, and the disk is flushed: what the disk's file holds now belongs to it.
-    STELLARIUM_ASSIGN(
-        const Json disk,
-        client_.call(
-            "POST",
-            "/v1/volumes/" + control::percent_encode(disk_volume(record.name)) + "/snapshots",
-            Json{{"name", snapshot}}));
+    STELLARIUM_ASSIGN(const Json disk, snapshot_volume(disk_volume(record.name), snapshot));
     if (record.resume) {
         STELLARIUM_TRY(resume_guest(qmp));
         while (!watch.resumed()) {
@@ -473,19 +458,14 @@ Result<SnapshotFigures> Machines::take(Open& machine, Qmp& qmp, const std::strin
     }
     STELLARIUM_TRY(writer.finish());
     ram_file.reset();
-    STELLARIUM_ASSIGN(
-        const Json ram,
-        client_.call(
-            "POST",
-            "/v1/volumes/" + control::percent_encode(ram_volume(record.name)) + "/snapshots",
-            Json{{"name", snapshot}}));
+    STELLARIUM_ASSIGN(const Json ram, snapshot_volume(ram_volume(record.name), snapshot));
     figures.ram = writer.figures();
     figures.rounds = watch.rounds();
     figures.pause_ms = watch.pause_ms();
     STELLARIUM_ASSIGN(const std::vector<std::byte> saved,
                       encode(SavedState{.config = record.config,
-                                        .disk_id = number_in(disk, "id"),
-                                        .ram_id = number_in(ram, "id"),
+                                        .disk_id = number_field(disk, "id"),
+                                        .ram_id = number_field(ram, "id"),
                                         .devices = std::move(devices)}));
     figures.state_bytes = saved.size();
     STELLARIUM_TRY(save_state(record.name, snapshot, saved));
@@ -493,11 +473,15 @@ Result<SnapshotFigures> Machines::take(Open& machine, Qmp& qmp, const std::strin
     return figures;
 }
 
+Result<Json> Machines::snapshot_volume(const std::string& volume, const std::string& snapshot) {
+    return client_.call("POST", volume_target(volume) + "/snapshots", Json{{"name", snapshot}});
+}
+
 /// With the snapshot of the state, the machine's snapshot comes to be.
 Result<void> Machines::save_state(const std::string& name, const std::string& snapshot,
                                   Bytes saved) {
     const std::string volume = state_volume(name);
-    const std::string target = "/v1/volumes/" + control::percent_encode(volume);
+    const std::string target = volume_target(volume);
     const uint64_t size = (saved.size() + kStateUnitBytes - 1) / kStateUnitBytes * kStateUnitBytes;
     const Result<Json> present = get(target);
     if (!present) {
@@ -506,7 +490,7 @@ Result<void> Machines::save_state(const std::string& name, const std::string& sn
         }
         STELLARIUM_TRY(
             client_.call("POST", "/v1/volumes", Json{{"name", volume}, {"size_bytes", size}}));
-    } else if (number_in(*present, "size_bytes") < size) {
+    } else if (number_field(*present, "size_bytes") < size) {
         STELLARIUM_TRY(client_.call("POST", target + "/resize",
                                     Json{{"size_bytes", size}, {"shrink", false}}));
     }
@@ -518,7 +502,7 @@ Result<void> Machines::save_state(const std::string& name, const std::string& sn
             return std::unexpected(Error::from_errno(errno, "sync " + path));
         }
     }
-    return without_answer(client_.call("POST", target + "/snapshots", Json{{"name", snapshot}}));
+    return without_answer(snapshot_volume(volume, snapshot));
 }
 
 }  // namespace stellarium::vm
