@@ -1,10 +1,8 @@
 #include "daemon/map_host.h"
 
-#include <cerrno>
 #include <utility>
 
-#include <sys/stat.h>
-#include <unistd.h>
+#include "daemon/socket_group.h"
 
 namespace stellarium::daemon {
 
@@ -15,11 +13,9 @@ Result<void> MapHost::start() {
         return std::unexpected(listener.error().with_context(what));
     }
     listener_ = *std::move(listener);
-    if (socket_gid_ && (chown(socket_path_.c_str(), static_cast<uid_t>(-1), *socket_gid_) != 0 ||
-                        chmod(socket_path_.c_str(), 0660) != 0)) {
-        const Error error = Error::from_errno(errno, "give " + what + " to its group");
+    if (auto given = give_to_group(socket_path_, socket_gid_, what); !given) {
         vhost::remove_socket_file(listener_);
-        return std::unexpected(error);
+        return given;
     }
     auto lender = share::Lender::start(
         pool_, {.listen_fd = listener_.fd.release(), .notice = [this](const std::string& sentence) {

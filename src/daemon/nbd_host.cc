@@ -8,11 +8,10 @@
 #include <utility>
 
 #include <fmt/format.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include "base/flush_device.h"
 #include "base/units.h"
+#include "daemon/socket_group.h"
 #include "nova/limits.h"
 
 namespace stellarium::daemon {
@@ -179,12 +178,9 @@ Result<void> NbdHost::start() {
         return std::unexpected(listener.error().with_context(what));
     }
     listener_ = *std::move(listener);
-    if (options_.socket_gid &&
-        (chown(options_.socket_path.c_str(), static_cast<uid_t>(-1), *options_.socket_gid) != 0 ||
-         chmod(options_.socket_path.c_str(), 0660) != 0)) {
-        const Error error = Error::from_errno(errno, "give " + what + " to its group");
+    if (auto given = give_to_group(options_.socket_path, options_.socket_gid, what); !given) {
         vhost::remove_socket_file(listener_);
-        return std::unexpected(error);
+        return given;
     }
     auto server = nbd::Server::start(
         *this, {.listen_fd = listener_.fd.release(),

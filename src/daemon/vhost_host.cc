@@ -8,12 +8,11 @@
 #include <utility>
 
 #include <fmt/format.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include "base/flush_device.h"
 #include "control/locations.h"
 #include "daemon/limits.h"
+#include "daemon/socket_group.h"
 
 namespace stellarium::daemon {
 namespace {
@@ -159,13 +158,10 @@ Result<void> VhostHost::serve(uint64_t id, std::string_view source, Entry& entry
             released->set_value();
         });
     STELLARIUM_TRY(server_->attach(device_name(id), lent, options));
-    if (options_.socket_gid &&
-        (chown(entry.socket.c_str(), static_cast<uid_t>(-1), *options_.socket_gid) != 0 ||
-         chmod(entry.socket.c_str(), 0660) != 0)) {
-        const int failed = errno;
+    if (auto given = give_to_group(entry.socket, options_.socket_gid, "socket " + entry.socket);
+        !given) {
         STELLARIUM_TRY(server_->detach(device_name(id)));
-        return std::unexpected(
-            Error::from_errno(failed, "give socket " + entry.socket + " to its group"));
+        return given;
     }
     entry.device = std::move(device);
     return {};
