@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "base/bytes.h"
 #include "base/error.h"
@@ -35,12 +36,27 @@ class Disk {
 /// A range in memory.
 class MappedRange {
   public:
+    MappedRange(share::Mapping mapping, uint64_t mapped_bytes, uint64_t gathered_bytes)
+        : mapping_(std::move(mapping)),
+          mapped_bytes_(mapped_bytes),
+          gathered_bytes_(gathered_bytes) {}
     virtual ~MappedRange() = default;
-    virtual const share::Mapping& mapping() const = 0;
-    virtual uint64_t mapped_bytes() const = 0;
-    virtual uint64_t gathered_bytes() const = 0;
+    MappedRange(const MappedRange&) = delete;
+    MappedRange& operator=(const MappedRange&) = delete;
+
+    const share::Mapping& mapping() const { return mapping_; }
+    uint64_t mapped_bytes() const { return mapped_bytes_; }
+    uint64_t gathered_bytes() const { return gathered_bytes_; }
     /// Unmaps it. Once.
-    virtual Result<void> release() = 0;
+    virtual Result<void> release() {
+        const share::Mapping ends(std::move(mapping_));
+        return {};
+    }
+
+  private:
+    share::Mapping mapping_;
+    const uint64_t mapped_bytes_;
+    const uint64_t gathered_bytes_;
 };
 
 struct RangeOptions {

@@ -154,27 +154,17 @@ class LentRange final : public MappedRange {
   public:
     LentRange(std::shared_ptr<share::Borrower> borrower, uint64_t lease, share::Mapping mapping,
               uint64_t mapped_bytes, uint64_t gathered_bytes)
-        : borrower_(std::move(borrower)),
-          lease_(lease),
-          mapping_(std::move(mapping)),
-          mapped_bytes_(mapped_bytes),
-          gathered_bytes_(gathered_bytes) {}
-    const share::Mapping& mapping() const override { return mapping_; }
-    uint64_t mapped_bytes() const override { return mapped_bytes_; }
-    uint64_t gathered_bytes() const override { return gathered_bytes_; }
+        : MappedRange(std::move(mapping), mapped_bytes, gathered_bytes),
+          borrower_(std::move(borrower)),
+          lease_(lease) {}
     Result<void> release() override {
-        {
-            const share::Mapping ends(std::move(mapping_));
-        }
+        STELLARIUM_TRY(MappedRange::release());
         return borrower_->give_back(lease_);
     }
 
   private:
     const std::shared_ptr<share::Borrower> borrower_;
     const uint64_t lease_;
-    share::Mapping mapping_;
-    const uint64_t mapped_bytes_;
-    const uint64_t gathered_bytes_;
 };
 
 class DaemonStore final : public Backend {

@@ -66,26 +66,6 @@ class OwnDisk final : public Disk {
     const std::shared_ptr<BlockDevice> device_;
 };
 
-class OwnRange final : public MappedRange {
-  public:
-    OwnRange(share::Mapping mapping, uint64_t mapped_bytes, uint64_t gathered_bytes)
-        : mapping_(std::move(mapping)),
-          mapped_bytes_(mapped_bytes),
-          gathered_bytes_(gathered_bytes) {}
-    const share::Mapping& mapping() const override { return mapping_; }
-    uint64_t mapped_bytes() const override { return mapped_bytes_; }
-    uint64_t gathered_bytes() const override { return gathered_bytes_; }
-    Result<void> release() override {
-        const share::Mapping ends(std::move(mapping_));
-        return {};
-    }
-
-  private:
-    share::Mapping mapping_;
-    const uint64_t mapped_bytes_;
-    const uint64_t gathered_bytes_;
-};
-
 class OwnStore final : public Backend {
   public:
     OwnStore(std::unique_ptr<nova::Pool> pool, const std::string& directory)
@@ -116,8 +96,8 @@ class OwnStore final : public Backend {
                           share::make_plan(*reader, options.offset_bytes, options.length_bytes,
                                            {.max_mappings = mappings}));
         STELLARIUM_ASSIGN(share::Mapping mapping, share::Mapping::make(plan, options.map));
-        return std::make_unique<OwnRange>(std::move(mapping), mapped_bytes_of(plan),
-                                          plan.gathered_bytes);
+        return std::make_unique<MappedRange>(std::move(mapping), mapped_bytes_of(plan),
+                                             plan.gathered_bytes);
     }
     Result<void> close() override {
         service_.stop_long_work();
