@@ -19,35 +19,49 @@ uint64_t page_offset(uint32_t page) {
     return uint64_t{page} * kPageBytes;
 }
 
-/// Entries on either side of where one is guessed to be.
-constexpr size_t kGuessWindow = 4;
+/// Places in a list of entries, both inside it.
+struct Window {
+    size_t low;
+    size_t high;
+};
 
-/// First entry at or after `page`. Entries lie about evenly over a segment, so where one is can be
-/// told from its page to within a few: each round narrows the range to a window around that place,
+/// Entries on either side of where one is guessed to be; fewer than four windows are not worth it.
+constexpr size_t kGuessWindow = 4;
+constexpr size_t kFewEntries = 4 * kGuessWindow;
+
+/// Around where the entry at `page` should be among [begin, end), which has two at least: entries
+/// lie about evenly over a segment. nullopt: before the second or after the last of them.
+std::optional<Window> guess_window(std::span<const Entry> entries, size_t begin, size_t end,
+                                   uint32_t page) {
+    const uint32_t first = entries[begin].page.get();
+    const uint32_t last = entries[end - 1].page.get();
+    if (page <= first || page > last) {
+        return std::nullopt;
+    }
+    const size_t guess = begin + uint64_t{page - first} * (end - 1 - begin) / (last - first);
+    return Window{.low = guess - std::min(guess - begin, kGuessWindow),
+                  .high = std::min(guess + kGuessWindow, end - 1)};
+}
+
+/// First entry at or after `page`. Each round narrows the range to the window where it should be,
 /// or to one side of it. A plain bisection of a full segment touches some ten cache lines that
 /// nobody has read lately; this touches three or four.
 std::span<const Entry>::iterator first_at(std::span<const Entry> entries, uint32_t page) {
     constexpr int kRounds = 3;
     size_t begin = 0;
     size_t end = entries.size();
-    for (int round = 0; round < kRounds && end - begin > 4 * kGuessWindow; ++round) {
-        const uint32_t first = entries[begin].page.get();
-        const uint32_t last = entries[end - 1].page.get();
-        if (page <= first || page > last) {
-            begin = page <= first ? begin : end;
+    for (int round = 0; round < kRounds && end - begin > kFewEntries; ++round) {
+        const auto window = guess_window(entries, begin, end, page);
+        if (!window) {
+            begin = page <= entries[begin].page.get() ? begin : end;
             end = begin;
-            break;
-        }
-        const size_t guess = begin + uint64_t{page - first} * (end - 1 - begin) / (last - first);
-        const size_t low = guess - std::min(guess - begin, kGuessWindow);
-        const size_t high = std::min(guess + kGuessWindow, end - 1);
-        if (entries[high].page.get() < page) {
-            begin = high + 1;
-        } else if (entries[low].page.get() >= page) {
-            end = low;
+        } else if (entries[window->high].page.get() < page) {
+            begin = window->high + 1;
+        } else if (entries[window->low].page.get() >= page) {
+            end = window->low;
         } else {
-            begin = low + 1;
-            end = high;
+            begin = window->low + 1;
+            end = window->high;
         }
     }
     return std::partition_point(entries.begin() + static_cast<ptrdiff_t>(begin),
@@ -57,22 +71,16 @@ std::span<const Entry>::iterator first_at(std::span<const Entry> entries, uint32
 
 /// Fetches what first_at() will look at first.
 void prefetch_at(std::span<const Entry> entries, uint32_t page) {
-    if (entries.size() <= 4 * kGuessWindow) {
+    if (entries.size() <= kFewEntries) {
         return;
     }
-    const uint32_t first = entries.front().page.get();
-    const uint32_t last = entries.back().page.get();
-    if (page <= first || page > last) {
-        return;
-    }
-    const size_t guess = uint64_t{page - first} * (entries.size() - 1) / (last - first);
-    const auto* const begin = reinterpret_cast<const std::byte*>(
-        entries.data() + (guess - std::min(guess, kGuessWindow)));
-    const auto* const end = reinterpret_cast<const std::byte*>(
-        entries.data() + std::min(guess + kGuessWindow + 1, entries.size()));
-    constexpr ptrdiff_t kLineBytes = 64;
-    for (const std::byte* line = begin; line < end; line += kLineBytes) {
-        __builtin_prefetch(line);
+    if (const auto window = guess_window(entries, 0, entries.size(), page)) {
+        constexpr ptrdiff_t kLineBytes = 64;
+        const Bytes bytes =
+            std::as_bytes(entries.subspan(window->low, window->high + 1 - window->low));
+        for (auto line = bytes.begin(); line < bytes.end(); line += kLineBytes) {
+            __builtin_prefetch(std::to_address(line));
+        }
     }
 }
 
