@@ -8,7 +8,6 @@ compared with what the device's counters say that the guests read; it outlives t
 the removal of the image; another daemon stages it, in the sandbox, before a clone of a clone boots,
 whose reads then find almost all of it checked and in memory.
 """
-import socket
 import subprocess
 import sys
 import time
@@ -26,28 +25,16 @@ def check(condition, text):
         sys.exit(f"boot_manifest_test: {text}")
 
 
-def metric(engine, name):
-    """A number of the daemon's metrics."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
-        control.connect(str(next(engine.runtime.glob("**/control.sock"))))
-        control.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        with control.makefile("r", encoding="utf-8") as answer:
-            for line in answer:
-                if line.startswith(name + " "):
-                    return int(float(line.split()[1]))
-    sys.exit(f"boot_manifest_test: the metrics have no {name}")
-
-
 def boot(engine, disk, name):
     """Boots a guest to its target; bytes that it read of its disk."""
     volume = Path(disk.socket).stem
     sample = f'stellarium_device_bytes_total{{volume="{volume}",request="read"}}'
-    before = metric(engine, sample)
+    before = engine.metric(sample)
     with guests.UmlGuest(name, disk=disk, script="systemctl is-active multi-user.target",
                          memory_mib=256) as guest:
         status, output = guest.run_to_end(300)
     check(status == 0 and "active" in output, f"{name} did not boot ({status}):\n{output}")
-    return metric(engine, sample) - before
+    return engine.metric(sample) - before
 
 
 def pages(runs):
@@ -113,14 +100,14 @@ def main(build):
         engine.start_daemon()
         disk = engine.attach("grandchild")
         deadline = time.monotonic() + 120
-        while metric(engine, "stellarium_prefetches_total") == 0:
+        while engine.metric("stellarium_prefetches_total") == 0:
             check(time.monotonic() < deadline, "nothing was staged when it was attached")
             time.sleep(0.05)
-        staged = metric(engine, "stellarium_prefetch_bytes_total")
+        staged = engine.metric("stellarium_prefetch_bytes_total")
         check(total / 2 < staged <= total, f"{staged} of {total} bytes were staged")
-        verified = metric(engine, "stellarium_store_chunks_verified_total")
+        verified = engine.metric("stellarium_store_chunks_verified_total")
         boot(engine, disk, "grandchild")
-        more = metric(engine, "stellarium_store_chunks_verified_total") - verified
+        more = engine.metric("stellarium_store_chunks_verified_total") - verified
         check(more < verified / 2,
               f"the guest's own reads had to check {more} chunks, the prefetch {verified}")
 

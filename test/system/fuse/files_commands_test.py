@@ -13,7 +13,7 @@ import random
 import subprocess
 import sys
 
-from mounted import MIB, Mounted, check, metric, skip_without_fuse, wait_until
+from mounted import MIB, Mounted, check, skip_without_fuse, wait_until
 
 PAGE = 4096
 SEED = int(os.environ.get("STELLARIUM_TEST_SEED", "1"))
@@ -66,25 +66,25 @@ def test_mounted_and_unmounted_by_command(engine):
         check(f"below {engine.files}, 1 open" in engine.run("status"), "status for people")
         stats = engine.ctl("stats")
         check(stats["files_open"] == 1 and stats["files_write_bytes"] == PAGE, f"{stats}")
-        check(metric(engine, "stellarium_files_mounted") == 1
-              and metric(engine, "stellarium_files_open") == 1
-              and metric(engine, "stellarium_files_adopted") == 0
-              and metric(engine, 'stellarium_files_bytes_total{request="write"}') == PAGE
-              and metric(engine, 'stellarium_files_requests_total{request="flush"}') >= 1
-              and metric(engine, 'stellarium_files_requests_total{request="open"}') == 1
-              and metric(engine, 'stellarium_files_errors_total{request="write"}') == 0, "metrics")
+        check(engine.metric("stellarium_files_mounted") == 1
+              and engine.metric("stellarium_files_open") == 1
+              and engine.metric("stellarium_files_adopted") == 0
+              and engine.metric('stellarium_files_bytes_total{request="write"}') == PAGE
+              and engine.metric('stellarium_files_requests_total{request="flush"}') >= 1
+              and engine.metric('stellarium_files_requests_total{request="open"}') == 1
+              and engine.metric('stellarium_files_errors_total{request="write"}') == 0, "metrics")
         # A daemon that was not told of it takes it over: files that are open go on.
         engine.kill_daemon()
         engine.start_daemon()
         check(os.pread(fd, PAGE, 0) == b"m" * PAGE, "it reads differently")
         check(os.pwrite(fd, b"n" * PAGE, PAGE) == PAGE, "a short write")
-        check(metric(engine, "stellarium_files_adopted") == 1, "it was adopted")
+        check(engine.metric("stellarium_files_adopted") == 1, "it was adopted")
     with opened(engine.files / "volumes", os.O_RDONLY | os.O_DIRECTORY):
         refused(engine, "unmount", status=5, text="cannot be unmounted")
     engine.run("unmount")
     check(not engine.mounted(), "it is still mounted")
     wait_until(lambda: engine.holders() == [], "the holder has ended")
-    check(metric(engine, "stellarium_files_mounted") == 0, "metrics")
+    check(engine.metric("stellarium_files_mounted") == 0, "metrics")
     # At once again, and below another directory.
     for directory in (engine.files, other, engine.files):
         engine.run("mount", directory)
@@ -161,14 +161,14 @@ def test_boots_from_files_and_nbd(engine):
         os.preadv(fd, [mmap.mmap(-1, MIB)], MIB)
         recorded = engine.ctl("boot", "stop", "vm-1")
     check(recorded["bytes"] == MIB, f"of a file: {recorded}")
-    check(metric(engine, "stellarium_prefetches_total") == 0, "nothing was to be staged")
+    check(engine.metric("stellarium_prefetches_total") == 0, "nothing was to be staged")
 
     def staged(attach):
         """In a daemon that has staged nothing yet."""
         engine.restart_by_kill("--nbd")
         attach()
-        wait_until(lambda: metric(engine, "stellarium_prefetches_total") == 1, "it is staged")
-        check(metric(engine, "stellarium_prefetch_bytes_total") == MIB, "what is staged")
+        wait_until(lambda: engine.metric("stellarium_prefetches_total") == 1, "it is staged")
+        check(engine.metric("stellarium_prefetch_bytes_total") == MIB, "what is staged")
     staged(lambda: engine.volume("vm-2").read_bytes()[:1])
     staged(lambda: subprocess.run(["nbdinfo", "--size", f"nbd+unix:///vm-3?socket={nbd}"],
                                   check=True, capture_output=True))

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 
-from mounted import MIB, Mounted, check, metric, skip_without_fuse, wait_until
+from mounted import MIB, Mounted, check, skip_without_fuse, wait_until
 
 SEED = int(os.environ.get("STELLARIUM_TEST_SEED", "1"))
 DISK_BYTES = 512 * MIB
@@ -91,7 +91,7 @@ def scenario(engine):
             left = sum(writer.is_alive() for writer in writers)
             looked_at.append((left, sum(writer.done for writer in writers)))
             return (looked_at[-50:].count(looked_at[-1]) == 50  # A second without any progress.
-                    and metric(engine, "stellarium_files_kept") == left - WAITING_THREADS)
+                    and engine.metric("stellarium_files_kept") == left - WAITING_THREADS)
         wait_until(all_wait, "all writers that are left wait")
         waiting = looked_at[-1][0]
         check(waiting > WORKERS, f"only {waiting} writers are left")

@@ -10,7 +10,6 @@ The directory, and the holder that keeps it, are gone at the end of the block. O
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -91,18 +90,6 @@ class Mounted(Engine):
         while self.mounted() and time.monotonic() < deadline:
             time.sleep(0.05)
         super().__exit__(*_)
-
-
-def metric(engine, name):
-    """A number of the daemon's metrics."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
-        control.connect(str(next(engine.runtime.glob("**/control.sock"))))
-        control.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        with control.makefile("r", encoding="utf-8") as answer:
-            for line in answer:
-                if line.startswith(name + " "):
-                    return int(float(line.split()[1]))
-    raise AssertionError(f"the metrics have no {name}")
 
 
 def wait_until(condition, text, timeout_s=300):

@@ -147,6 +147,17 @@ class Engine:
             self.daemon.kill()
             self.daemon.wait()
 
+    def metric(self, name):
+        """A number of the daemon's metrics."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
+            control.connect(str(next(self.runtime.glob("**/control.sock"))))
+            control.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            with control.makefile("r", encoding="utf-8") as answer:
+                for line in answer:
+                    if line.startswith(name + " "):
+                        return int(float(line.split()[1]))
+        raise EngineError(f"the metrics have no {name}")
+
     def log_tail(self):
         if not self.log.exists():
             return ""
