@@ -7,7 +7,6 @@ MAKEFLAGS += --no-print-directory
 
 JOBS  ?= $(shell nproc)
 HOURS ?= 1
-BENCH_PRESET ?= release
 PREFIX ?= /usr/local
 DESTDIR ?=
 
@@ -68,13 +67,13 @@ demo: ## The main job on real input: import, 1,000 clones, two guests in QEMU
 
 bench: ## Benchmarks beside the tools that people use today; ONLY=REGEX picks some
 	@scripts/install-deps.sh build test bench
-	@scripts/build.sh $(BENCH_PRESET)
-	@bench/suite/run.py --build build/$(BENCH_PRESET) $(if $(ONLY),--only '$(ONLY)')
+	@scripts/build.sh release
+	@bench/suite/run.py $(if $(ONLY),--only '$(ONLY)')
 
 bench-smoke: ## A short run of the benchmarks; fails only far beyond a target
 	@scripts/install-deps.sh build test bench
-	@scripts/build.sh $(BENCH_PRESET)
-	@bench/suite/run.py --build build/$(BENCH_PRESET) --smoke $(if $(ONLY),--only '$(ONLY)')
+	@scripts/build.sh release
+	@bench/suite/run.py --smoke $(if $(ONLY),--only '$(ONLY)')
 
 bench-micro: ## The inner loops alone; T=REGEX picks some programs
 	@scripts/install-deps.sh build bench
